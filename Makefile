@@ -1,0 +1,40 @@
+# Everything that a fresh machine needs to run, try and test the backend; needs Python 3.11 or newer.
+
+PYTHON ?= python3
+VENV := .venv
+LABEL_STUDIO_VENV := .venv-label-studio
+LABEL_STUDIO_VERSION := 1.23.2
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: run demo test clean
+
+run: $(VENV)/.installed ## serve on http://127.0.0.1:9090
+	$(VENV)/bin/ml-backend serve
+
+demo: $(VENV)/.installed $(LABEL_STUDIO_VENV)/.installed ## Label Studio and the backend, with a generated project
+	$(VENV)/bin/python -m ml_backend.demo --label-studio $(LABEL_STUDIO_VENV)/bin/label-studio
+
+test: $(VENV)/.installed-dev $(LABEL_STUDIO_VENV)/.installed ## everything, against a real Label Studio
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/python -m pytest
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(PIP) install --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
+	$(PIP) install --editable ".[dev,distributed]"
+	@touch $@ $(VENV)/.installed
+
+$(LABEL_STUDIO_VENV)/.installed:
+	$(PYTHON) -m venv $(LABEL_STUDIO_VENV)
+	$(LABEL_STUDIO_VENV)/bin/python -m pip --disable-pip-version-check --quiet install label-studio==$(LABEL_STUDIO_VERSION)
+	@touch $@
+
+clean: ## forget the environments
+	rm -rf $(VENV) $(LABEL_STUDIO_VENV)

@@ -1,0 +1,44 @@
+"""gunicorn: threads, because requests wait for images and for the model far more than they compute.
+
+Read by `ml-backend serve`; the values come from the settings.
+"""
+
+import os
+import shutil
+
+from gunicorn.arbiter import Arbiter
+from gunicorn.workers.base import Worker
+
+from ml_backend.settings import load_settings
+
+_settings = load_settings()
+
+bind = f"{_settings.host}:{_settings.port}"
+workers = _settings.workers
+worker_class = "gthread"
+threads = _settings.threads
+# Each worker loads its own models: what was loaded before a fork cannot be used on a GPU after it.
+preload_app = False
+# Label Studio waits 100 s for predictions; a thread that takes longer is not a dead worker.
+timeout = 180
+graceful_timeout = 30
+keepalive = 5
+loglevel = _settings.log_level.lower()
+accesslog = None
+
+if workers > 1:
+    # Prometheus' counters of several processes meet in files; they start at nought with us.
+    _metrics = _settings.model_dir.absolute() / "metrics"
+    _metrics.mkdir(parents=True, exist_ok=True)
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(_metrics)
+
+    def on_starting(server: Arbiter) -> None:
+        """Clears the counters of the last run."""
+        shutil.rmtree(_metrics, ignore_errors=True)
+        _metrics.mkdir(parents=True)
+
+    def child_exit(server: Arbiter, worker: Worker) -> None:
+        """Keeps what a worker that ended has counted."""
+        from prometheus_client import multiprocess
+
+        multiprocess.mark_process_dead(worker.pid)

@@ -1,0 +1,101 @@
+"""The one place that puts the parts together."""
+
+from __future__ import annotations
+
+import functools
+import threading
+
+from ml_backend.label_studio.images import DiskCache
+from ml_backend.learning.in_step import InStep
+from ml_backend.learning.ingest import Ingest
+from ml_backend.learning.jobs import Jobs
+from ml_backend.learning.label_studios import LabelStudios
+from ml_backend.learning.leftovers import Leftovers
+from ml_backend.learning.models import Models
+from ml_backend.learning.promotion import Versions
+from ml_backend.learning.serving import Serving
+from ml_backend.learning.worker import Tasks, Worker, make_queue
+from ml_backend.settings import Settings
+from ml_backend.store.database import Database
+from ml_backend.store.registry import Registry
+
+
+class Backend:
+    """The parts of a running backend, each made when it is first needed.
+
+    Server, worker, training process and command line are made of the same parts.
+
+    Args:
+        settings: what the admin set.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        settings.model_dir.mkdir(parents=True, exist_ok=True)
+
+    @functools.cached_property
+    def database(self) -> Database:
+        """The database, at this release's schema."""
+        database = Database(self.settings.database)
+        database.migrate()
+        return database
+
+    @functools.cached_property
+    def registry(self) -> Registry:
+        """The artefacts of model versions."""
+        return Registry(self.settings.model_dir)
+
+    @functools.cached_property
+    def label_studios(self) -> LabelStudios:
+        """Clients and images by project."""
+        cache = DiskCache(self.settings.model_dir / "images", self.settings.image_cache_bytes)
+        return LabelStudios(self.settings, self.database, cache)
+
+    @functools.cached_property
+    def ingest(self) -> Ingest:
+        """Stores what arrives."""
+        return Ingest(self.database)
+
+    @functools.cached_property
+    def jobs(self) -> Jobs:
+        """What was asked for."""
+        return Jobs(self.database, self.settings)
+
+    @functools.cached_property
+    def versions(self) -> Versions:
+        """Model versions, and which is live."""
+        return Versions(self.database, self.registry)
+
+    @functools.cached_property
+    def tasks(self) -> Tasks:
+        """The queue."""
+        return Tasks(make_queue(self.settings))
+
+    @functools.cached_property
+    def models(self) -> Models:
+        """Loaded detectors; follows promotions from the first use on."""
+        models = Models(self.settings, self.database, self.registry)
+        threading.Thread(target=models.watch, name="models", daemon=True).start()
+        return models
+
+    @functools.cached_property
+    def serving(self) -> Serving:
+        """Predictions."""
+        return Serving(self.settings, self.models, self.label_studios)
+
+    @functools.cached_property
+    def in_step(self) -> InStep:
+        """Keeps Label Studio's side in step."""
+        return InStep(self.settings, self.database, self.label_studios)
+
+    def worker(self) -> Worker:
+        """A worker on this backend's queue."""
+        leftovers = Leftovers(
+            self.database,
+            self.label_studios,
+            # Made when the first left-over job comes: most workers never load a model.
+            lambda: self.serving,
+        )
+        return Worker(
+            self.settings, self.database, self.jobs, self.tasks, self.in_step, leftovers
+        )

@@ -1,0 +1,396 @@
+"""`ml-backend`: what an admin types.
+
+Exit status: 0 done; 1 something is wrong, and was said; 2 a setting or an option is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from sqlalchemy import select
+
+from ml_backend.settings import Settings, SettingsError, load_settings
+from ml_backend.store.registry import VersionMissing
+from ml_backend.store.tables import Job, Project
+
+app = typer.Typer(
+    help="Pre-annotates Label Studio's tasks and learns from what is annotated.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+_out = Console()
+_err = Console(stderr=True)
+
+_Project = Annotated[int, typer.Option("--project", "-p", help="The project's id.")]
+_Json = Annotated[bool, typer.Option("--json", help="Answer as JSON.")]
+
+
+def main() -> None:
+    """The console script: what goes wrong is said in one line."""
+    try:
+        app()
+    except SettingsError as error:
+        _err.print(f"[red]wrong setting:[/] {error}", soft_wrap=True)
+        sys.exit(2)
+
+
+def _settings() -> Settings:
+    settings = load_settings()
+    logging.basicConfig(level=settings.log_level, format="%(levelname)s %(message)s")
+    return settings
+
+
+def _fail(message: str) -> typer.Exit:
+    _err.print(f"[red]error:[/] {message}", soft_wrap=True, highlight=False)
+    return typer.Exit(1)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, default=str))
+
+
+@app.command()
+def serve() -> None:
+    """Serve, and work: the server and a worker together, until stopped."""
+    settings = _settings()
+    from ml_backend.detection.device import DeviceError, describe_device, resolve_device
+
+    try:
+        device = resolve_device(settings.device)
+    except DeviceError as error:
+        raise _fail(str(error)) from None
+    _say_what_is_missing(settings, ", ".join(map(str, describe_device(device).values())))
+    _migrate(settings)
+    commands = {
+        "server": [
+            *(sys.executable, "-m", "gunicorn", "--config", str(_gunicorn_config())),
+            "ml_backend.http.app:create_app()",
+        ],
+        "worker": [sys.executable, "-m", "ml_backend.cli", "worker"],
+    }
+    stopping = False
+
+    def stop(signum: int, frame: object) -> None:
+        nonlocal stopping
+        stopping = True
+        for process in running.values():
+            process.terminate()
+
+    running = {name: subprocess.Popen(command) for name, command in commands.items()}
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, stop)
+    while not stopping:
+        time.sleep(0.5)
+        if (code := running["server"].poll()) is not None:
+            running["worker"].terminate()
+            running["worker"].wait()
+            raise typer.Exit(code)
+        if (code := running["worker"].poll()) is not None:
+            _err.print(f"the worker ended (status {code}); it is started again")
+            time.sleep(1)
+            running["worker"] = subprocess.Popen(commands["worker"])
+    for process in running.values():
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(40)
+        process.kill()
+
+
+@app.command()
+def worker() -> None:
+    """Work: take jobs from the queue, start trainings when they are due."""
+    from ml_backend.backend import Backend
+
+    Backend(_settings()).worker().run()
+
+
+@app.command()
+def connect(
+    project: _Project,
+    url: Annotated[
+        str | None,
+        typer.Option(help="This backend's address as Label Studio reaches it."),
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Connect a project, or repair its connection. Doing it again changes nothing."""
+    from ml_backend.label_studio.client import LabelStudioError
+    from ml_backend.label_studio.label_config import LabelConfigError
+    from ml_backend.learning.connect import connect as connect_project
+
+    settings, backend = _backend()
+    client = backend.label_studios.default()
+    if client is None:
+        raise _fail(
+            "connecting needs LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY (Label Studio shows the "
+            "token under Account & Settings)"
+        )
+    address = url or f"http://{settings.host}:{settings.port}"
+    try:
+        done = connect_project(
+            client, project, address, settings, backend.database, backend.ingest, backend.models
+        )
+    except (LabelStudioError, LabelConfigError) as error:
+        raise _fail(str(error)) from None
+    if as_json:
+        _print_json({"project": done.project, "version": done.version, "steps": done.steps})
+        return
+    for step in done.steps:
+        _out.print(f"[green]✓[/] {step}")
+    _out.print(f"Project {project} is connected. `ml-backend doctor -p {project}` checks it.")
+
+
+@app.command()
+def doctor(
+    project: Annotated[
+        int | None, typer.Option("--project", "-p", help="The project to look at.")
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Look at everything that must be right, and say what to do where it is not."""
+    from ml_backend.learning.doctor import Doctor
+
+    settings, backend = _backend()
+    marks = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "error": "[red]✗[/]"}
+    findings = []
+    for finding in Doctor(settings, backend.database, backend.label_studios).examine(project):
+        findings.append(finding)
+        if not as_json:
+            _out.print(
+                f"{marks[finding.status]} {finding.what}: {finding.detail}",
+                soft_wrap=True,
+                highlight=False,
+            )
+            if finding.remedy:
+                _out.print(f"  → {finding.remedy}", soft_wrap=True, highlight=False)
+    if as_json:
+        _print_json(
+            [
+                {"what": f.what, "status": f.status, "detail": f.detail, "remedy": f.remedy}
+                for f in findings
+            ]
+        )
+    if any(f.status == "error" for f in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    project: _Project,
+    wait: Annotated[bool, typer.Option(help="Wait for its end, showing progress.")] = False,
+    as_json: _Json = False,
+) -> None:
+    """Start a training at once."""
+    _, backend = _backend()
+    row = _find(backend, project)
+    asked = backend.jobs.consider_training(row.id, trigger="command", forced=True)
+    if asked.enqueue:
+        backend.tasks.put("train", asked.job)
+    job = backend.jobs.get(asked.job)
+    if wait and asked.state != "refused":
+        job = _wait(backend, asked.job)
+    assert job is not None
+    if as_json:
+        _print_json(_job_as_dict(job))
+    else:
+        _out.print(f"job {job.id}: {job.state}: {asked.reason if not wait else job.reason}")
+    if job.state in {"refused", "failed"}:
+        raise typer.Exit(1)
+
+
+@app.command()
+def status(as_json: _Json = False) -> None:
+    """Show projects, live versions, and jobs with their progress and reasons."""
+    _, backend = _backend()
+    with backend.database.reading() as session:
+        projects = session.scalars(select(Project).order_by(Project.id)).all()
+        jobs = {
+            p.id: session.scalars(
+                select(Job).where(Job.project_id == p.id).order_by(Job.id.desc()).limit(3)
+            ).all()
+            for p in projects
+        }
+    cards = {p.id: {v.name: v.card for v in backend.versions.all(p.id)} for p in projects}
+    if as_json:
+        _print_json(
+            [
+                {
+                    "project": p.key,
+                    "title": p.title,
+                    "live_version": p.live_version,
+                    "heard_at": p.heard_at,
+                    "metrics": cards[p.id].get(p.live_version or "", {}).get("metrics"),
+                    "jobs": [_job_as_dict(job) for job in jobs[p.id]],
+                }
+                for p in projects
+            ]
+        )
+        return
+    if not projects:
+        _out.print("No project yet: `ml-backend connect --project ID` connects one.")
+        return
+    for p in projects:
+        card = cards[p.id].get(p.live_version or "")
+        quality = f", {_quality(card)}" if card else ""
+        _out.print(f"[bold]{p.title or 'project'}[/] ({p.key})", highlight=False)
+        _out.print(f"  live: {p.live_version or 'untrained'}{quality}", highlight=False)
+        for job in jobs[p.id]:
+            percent = f" {job.progress:.0%}" if job.state == "running" else ""
+            _out.print(
+                f"  {job.kind} {job.id}: [bold]{job.state}[/]{percent}: {job.reason}",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+@app.command()
+def versions(project: _Project, as_json: _Json = False) -> None:
+    """List a project's model versions, newest first."""
+    _, backend = _backend()
+    rows = backend.versions.all(_find(backend, project).id)
+    if as_json:
+        _print_json(
+            [
+                {"version": v.name, "state": v.state, "reason": v.reason, "card": v.card}
+                for v in rows
+            ]
+        )
+        return
+    table = Table("version", "state", "tasks", "AP50", "reason")
+    for v in rows:
+        table.add_row(
+            v.name, v.state, str(v.card["data"]["tasks"]), _quality(v.card), v.reason
+        )
+    _out.print(table)
+
+
+@app.command()
+def promote(
+    project: _Project, version: Annotated[str, typer.Argument(help="The version.")]
+) -> None:
+    """Make a version live."""
+    _, backend = _backend()
+    row = _find(backend, project)
+    try:
+        backend.versions.promote(row.id, version, "promoted on request")
+    except VersionMissing as error:
+        raise _fail(str(error)) from None
+    backend.tasks.put("in step", row.id)
+    _out.print(f"{version} is live")
+
+
+@app.command()
+def rollback(
+    project: _Project,
+    to: Annotated[
+        str | None, typer.Option(help="The version to go back to; the previous one by default.")
+    ] = None,
+) -> None:
+    """Go back to an earlier version at once; what was live is not promoted again by itself."""
+    _, backend = _backend()
+    row = _find(backend, project)
+    try:
+        version = backend.versions.rollback(row.id, to)
+    except VersionMissing as error:
+        raise _fail(str(error)) from None
+    backend.tasks.put("in step", row.id)
+    _out.print(f"{version} is live again")
+
+
+def _backend() -> tuple[Settings, Any]:
+    from ml_backend.backend import Backend
+
+    settings = _settings()
+    return settings, Backend(settings)
+
+
+def _find(backend: Any, number: int) -> Project:
+    with backend.database.reading() as session:
+        found = session.scalars(
+            select(Project).where(Project.label_studio_id == number)
+        ).all()
+    default = [p for p in found if p.is_default] or list(found)
+    if not default:
+        raise _fail(
+            f"project {number} is not known: `ml-backend connect --project {number}` connects it"
+        )
+    chosen: Project = default[-1]
+    return chosen
+
+
+def _wait(backend: Any, job_id: int) -> Job:
+    with Progress(console=_err) as progress:
+        bar = progress.add_task("training", total=1.0)
+        while True:
+            job: Job = backend.jobs.get(job_id)
+            progress.update(bar, completed=job.progress, description=job.reason[:70])
+            if job.state in {"done", "failed", "refused"}:
+                return job
+            time.sleep(1)
+
+
+def _job_as_dict(job: Job) -> dict[str, Any]:
+    return {
+        "job": job.id,
+        "kind": job.kind,
+        "state": job.state,
+        "reason": job.reason,
+        "progress": round(job.progress, 3),
+        "trigger": job.trigger,
+        "version": job.version,
+    }
+
+
+def _quality(card: dict[str, Any]) -> str:
+    metrics = card["metrics"]
+    interval = metrics["map50_interval"]
+    return f"AP50 {metrics['map50']:.2f} ({interval['low']:.2f} to {interval['high']:.2f})"
+
+
+def _gunicorn_config() -> Path:
+    for folder in (Path(__file__).parent / "config", Path(__file__).parents[1] / "config"):
+        if (folder / "gunicorn.conf.py").is_file():
+            return folder / "gunicorn.conf.py"
+    raise _fail("gunicorn.conf.py is missing from the installation: install the package again")
+
+
+def _migrate(settings: Settings) -> None:
+    from ml_backend.backend import Backend
+
+    backend = Backend(settings)
+    backend.database.close()
+    backend.registry.sweep()
+
+
+def _say_what_is_missing(settings: Settings, device: str) -> None:
+    _err.print(f"ML backend on http://{settings.host}:{settings.port}, {device}", highlight=False)
+    if settings.label_studio_url is None or settings.label_studio_api_key is None:
+        _err.print(
+            "[yellow]LABEL_STUDIO_URL or LABEL_STUDIO_API_KEY is not set:[/] uploaded images "
+            "cannot be read, and `connect` cannot be used. Set both to begin.",
+            soft_wrap=True,
+        )
+    public = settings.host not in {"127.0.0.1", "localhost", "::1"}
+    if public and settings.basic_auth is None and settings.webhook_secret is None:
+        _err.print(
+            "[yellow]anyone who reaches this address can use it:[/] set BASIC_AUTH_USER and "
+            "BASIC_AUTH_PASS, or ML_BACKEND_WEBHOOK_SECRET",
+            soft_wrap=True,
+        )
+    os.environ.setdefault("MODEL_DIR", str(settings.model_dir.absolute()))
+
+
+if __name__ == "__main__":
+    main()

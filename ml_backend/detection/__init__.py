@@ -1,0 +1,1 @@
+"""Detectors: presets, training, evaluation, prediction. Boxes and tensors, nothing else."""

@@ -1,0 +1,61 @@
+"""The two values that everything in `detection` exchanges: what is there, and what was found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Detections:
+    """What a detector found in one image, most confident first.
+
+    Attributes:
+        boxes: float32 `[N, 4]`, `x1, y1, x2, y2` in pixels of the upright (EXIF applied) image.
+        scores: float32 `[N]`, confidence in `[0, 1]`.
+        labels: int64 `[N]`, index into the detector's tuple of label names.
+    """
+
+    boxes: FloatArray
+    scores: FloatArray
+    labels: IntArray
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    @classmethod
+    def empty(cls) -> Detections:
+        """No detection at all."""
+        return cls(
+            boxes=np.zeros((0, 4), np.float32),
+            scores=np.zeros(0, np.float32),
+            labels=np.zeros(0, np.int64),
+        )
+
+    def where(self, keep: npt.NDArray[np.bool_]) -> Detections:
+        """The detections at which the boolean mask `keep`, `[N]`, is true."""
+        return Detections(self.boxes[keep], self.scores[keep], self.labels[keep])
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One annotated image.
+
+    Attributes:
+        key: identity that outlives a training (the task).
+        image: path of the encoded image file.
+        boxes: float32 `[N, 4]`, `x1, y1, x2, y2` in pixels of the upright image. `N = 0` is a
+            true negative: an image that a person found empty.
+        labels: int64 `[N]`, index into the tuple of label names that accompanies the samples.
+    """
+
+    key: str
+    image: Path
+    boxes: FloatArray
+    labels: IntArray

@@ -1,0 +1,79 @@
+"""The Flask application. `create_app` is what gunicorn serves."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+from flask import Flask, Response, g, request
+
+from ml_backend.backend import Backend
+from ml_backend.http import (
+    errors,
+    health,
+    job_status,
+    metrics,
+    predict,
+    rarely_called,
+    setup,
+    train,
+    validate,
+    versions,
+    webhook,
+)
+from ml_backend.http.auth import require_authentication
+from ml_backend.learning.metrics import REQUEST_SECONDS
+from ml_backend.settings import load_settings
+
+
+def create_app(backend: Backend | None = None) -> Flask:
+    """Makes the application.
+
+    Args:
+        backend: what it serves; made from the settings where not given.
+
+    Raises:
+        SettingsError: a setting is unknown or wrong.
+        DeviceError: the device of the settings cannot be used.
+    """
+    backend = backend or Backend(load_settings())
+    logging.basicConfig(
+        level=backend.settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    app = Flask("ml_backend")
+    app.config["MAX_CONTENT_LENGTH"] = backend.settings.max_request_bytes
+    app.extensions["ml_backend"] = backend
+    app.before_request(require_authentication)
+    app.before_request(_start_clock)
+    app.after_request(_stop_clock)
+    errors.register(app)
+    for part in (
+        health,
+        setup,
+        predict,
+        webhook,
+        versions,
+        validate,
+        train,
+        job_status,
+        rarely_called,
+        metrics,
+    ):
+        app.register_blueprint(part.blueprint)
+    # A device that cannot be used stops the start, and the first request waits for nothing.
+    _ = backend.models.device
+    threading.Thread(target=lambda: backend.serving, daemon=True).start()
+    return app
+
+
+def _start_clock() -> None:
+    g.started = time.perf_counter()
+
+
+def _stop_clock(response: Response) -> Response:
+    if "started" in g:
+        REQUEST_SECONDS.labels(request.endpoint or "unknown", response.status_code).observe(
+            time.perf_counter() - g.started
+        )
+    return response

@@ -1,0 +1,63 @@
+"""What every endpoint needs of the running application."""
+
+from __future__ import annotations
+
+from typing import TypeVar, cast
+
+from flask import current_app, request
+from pydantic import BaseModel, ValidationError
+from sqlalchemy import select
+
+from ml_backend.backend import Backend
+from ml_backend.http.errors import BadRequest
+from ml_backend.label_studio.events import parse_project_key
+from ml_backend.store.tables import Project
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+def backend() -> Backend:
+    """The backend that this application serves."""
+    return cast(Backend, current_app.extensions["ml_backend"])
+
+
+def read_body(model: type[Body]) -> Body:
+    """The request's JSON body, checked.
+
+    Raises:
+        BadRequest: it is not JSON, or a field is missing or wrong; the text names the field.
+    """
+    content = request.get_json(force=True, silent=True)
+    if not isinstance(content, dict):
+        raise BadRequest("the body must be a JSON object")
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise BadRequest(f"{where}: {first['msg']}") from None
+
+
+def find_project(name: str) -> Project:
+    """A known project by its key, or by its id where that is clear.
+
+    Raises:
+        BadRequest: there is none, or several.
+    """
+    with backend().database.reading() as session:
+        exact = session.scalar(select(Project).where(Project.key == name))
+        if exact is not None:
+            return exact
+        number = parse_project_key(name).id
+        found = session.scalars(select(Project).where(Project.label_studio_id == number)).all()
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise BadRequest(
+            f"project {name} is not known here: connect it with `ml-backend connect --project "
+            f"{number}`"
+        )
+    raise BadRequest(
+        f"several projects have the id {number}: say which, one of "
+        + ", ".join(project.key for project in found)
+    )

@@ -1,0 +1,60 @@
+"""Errors as an admin reads them.
+
+Label Studio shows of a failed request only what `requests` makes of it: status and reason phrase.
+So the reason phrase of our errors is the message itself, shortened; the body holds it whole.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from flask import Flask, Response, jsonify
+from werkzeug.exceptions import HTTPException
+
+from ml_backend.label_studio.events import InvalidEvent
+from ml_backend.label_studio.label_config import LabelConfigError
+from ml_backend.store.registry import VersionMissing
+
+_log = logging.getLogger(__name__)
+_PHRASE = 400
+
+
+class BadRequest(ValueError):
+    """The request is wrong; the text names what, and the remedy."""
+
+
+def error_response(status: int, message: str) -> Response:
+    """A JSON error whose reason phrase says what is wrong."""
+    response = jsonify(error=message)
+    phrase = " ".join(message.split()).encode("latin-1", "replace").decode("latin-1")
+    response.status = f"{status} {phrase[:_PHRASE]}"
+    return response
+
+
+def register(app: Flask) -> None:
+    """Answers every exception with JSON, and none with a traceback."""
+
+    def bad_request(error: Exception) -> Response:
+        return error_response(400, str(error))
+
+    for kind in (BadRequest, LabelConfigError, InvalidEvent):
+        app.register_error_handler(kind, bad_request)
+
+    @app.errorhandler(VersionMissing)
+    def missing(error: VersionMissing) -> Response:
+        return error_response(404, str(error))
+
+    @app.errorhandler(HTTPException)
+    def http_error(error: HTTPException) -> Response:
+        response = error_response(error.code or 500, error.description or error.name)
+        for name, value in error.get_headers():
+            if name.lower() not in {"content-type", "content-length"}:
+                response.headers[name] = value
+        return response
+
+    @app.errorhandler(Exception)
+    def unexpected(error: Exception) -> Response:
+        _log.exception("a request failed")
+        return error_response(
+            500, f"the ML backend failed ({type(error).__name__}): its log has the details"
+        )

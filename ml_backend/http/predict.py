@@ -1,0 +1,67 @@
+"""`POST /predict`: boxes for tasks, as many as are done by the deadline."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from flask import Blueprint
+from pydantic import BaseModel, Field, StrictInt
+
+from ml_backend.http.current import backend, find_project, read_body
+from ml_backend.label_studio.events import parse_project_key
+from ml_backend.label_studio.label_config import parse_label_config
+from ml_backend.learning.metrics import LEFT_OVER
+
+blueprint = Blueprint("predict", __name__)
+_log = logging.getLogger(__name__)
+
+
+class TaskToPredict(BaseModel):
+    """A task, of which only what matters here is looked at."""
+
+    id: StrictInt | None = None
+    data: dict[str, Any] = Field(default_factory=dict)
+
+
+class Predict(BaseModel):
+    """The body, as Label Studio sends it."""
+
+    tasks: list[TaskToPredict]
+    project: str | None = None
+    label_config: str | None = None
+
+
+@blueprint.post("/predict")
+def predict() -> dict[str, Any]:
+    """Answers one entry for each task, in order; an empty list for a task without an answer."""
+    deadline = time.monotonic() + backend().settings.predict_deadline
+    body = read_body(Predict)
+    if not body.tasks:
+        return {"results": []}
+    if body.project and body.label_config:
+        key = parse_project_key(body.project)
+        project = backend().ingest.introduce(key.key, key.id, label_config=body.label_config)
+    else:
+        project = find_project(body.project or "")
+    config = parse_label_config(body.label_config or project.label_config)
+    tasks = [task.model_dump() for task in body.tasks]
+    predicted = backend().serving.predict(project, config, tasks, deadline=deadline)
+    if predicted.unfinished:
+        left = [tasks[i] for i in predicted.unfinished if tasks[i]["id"] is not None]
+        job = backend().jobs.hand_over_predictions(project.id, left)
+        backend().tasks.put("predict", job)
+        LEFT_OVER.inc(len(left))
+        _log.warning(
+            "project %s: %d of %d tasks were not done within %g s; job %d finishes them",
+            project.key,
+            len(left),
+            len(tasks),
+            backend().settings.predict_deadline,
+            job,
+        )
+    return {
+        "results": [result if result is not None else [] for result in predicted.results],
+        "model_version": predicted.version,
+    }

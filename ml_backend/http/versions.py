@@ -1,0 +1,26 @@
+"""`GET /versions`: every model version that could serve, the live ones first."""
+
+from __future__ import annotations
+
+from flask import Blueprint
+from sqlalchemy import select
+
+from ml_backend.http.current import backend
+from ml_backend.learning.models import UNTRAINED
+from ml_backend.store.tables import ModelVersion
+
+blueprint = Blueprint("versions", __name__)
+
+
+@blueprint.get("/versions")
+def versions() -> dict[str, list[str]]:
+    """Label Studio asks without saying for which project: all of them, then."""
+    with backend().database.reading() as session:
+        rows = session.execute(
+            select(ModelVersion.name, ModelVersion.state)
+            .where(ModelVersion.state != "pruned")
+            .order_by(ModelVersion.id.desc())
+        ).all()
+    live = [name for name, state in rows if state == "live"]
+    others = [name for name, state in rows if state != "live"]
+    return {"versions": live + others or [UNTRAINED]}

@@ -1,0 +1,35 @@
+"""`POST /webhook`: what happened in Label Studio. Stored, then acknowledged; nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flask import Blueprint, request
+
+from ml_backend.http.current import backend
+from ml_backend.http.errors import BadRequest
+from ml_backend.label_studio.events import Ignored, TrainingRequested, parse_event
+from ml_backend.learning.metrics import WEBHOOKS
+
+blueprint = Blueprint("webhook", __name__)
+
+
+@blueprint.post("/webhook")
+def webhook() -> dict[str, Any]:
+    """Stores an event. The worker sees within a second whether a training is due."""
+    body = request.get_json(force=True, silent=True)
+    if not isinstance(body, dict):
+        raise BadRequest("the body must be a JSON object")
+    event = parse_event(body)
+    WEBHOOKS.labels(str(body.get("action"))[:40]).inc()
+    if isinstance(event, Ignored):
+        return {"status": "ignored", "action": event.action}
+    applied = backend().ingest.apply(event, event.project)
+    if isinstance(event, TrainingRequested):
+        asked = backend().jobs.consider_training(
+            applied.project_id, trigger="button", forced=True
+        )
+        if asked.enqueue:
+            backend().tasks.put("train", asked.job)
+        return {"status": asked.state, "job": asked.job, "reason": asked.reason}
+    return {"status": "stored", "changed": applied.changed}

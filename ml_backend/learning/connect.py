@@ -1,0 +1,146 @@
+"""Connects a project in one go, or repairs its connection; doing it again changes nothing."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass, field
+from typing import Any
+
+from ml_backend.label_studio.client import LabelStudioClient
+from ml_backend.label_studio.label_config import parse_label_config
+from ml_backend.learning.ingest import Ingest
+from ml_backend.learning.models import Models
+from ml_backend.settings import Settings
+from ml_backend.store.database import Database
+from ml_backend.store.tables import Project
+
+SECRET_HEADER = "X-ML-Backend-Secret"  # noqa: S105
+"""Header in which Label Studio's webhooks carry `ML_BACKEND_WEBHOOK_SECRET`."""
+SAMPLING = "Uncertainty sampling"
+
+
+@dataclass(slots=True)
+class Connected:
+    """What connecting did, in words, in order."""
+
+    project: str
+    version: str
+    steps: list[str] = field(default_factory=list)
+
+
+def webhook_headers(settings: Settings) -> dict[str, str]:
+    """What Label Studio's webhooks must carry to be let in here."""
+    headers: dict[str, str] = {}
+    if settings.webhook_secret is not None:
+        headers[SECRET_HEADER] = settings.webhook_secret.get_secret_value()
+    if settings.basic_auth is not None:
+        credentials = ":".join(settings.basic_auth)
+        headers["Authorization"] = f"Basic {base64.b64encode(credentials.encode()).decode()}"
+    return headers
+
+
+def connect(
+    client: LabelStudioClient,
+    label_studio_id: int,
+    url: str,
+    settings: Settings,
+    database: Database,
+    ingest: Ingest,
+    models: Models,
+) -> Connected:
+    """Connects this backend to a project.
+
+    Args:
+        client: of the Label Studio that holds it.
+        label_studio_id: the project's id there.
+        url: this backend's address, as Label Studio reaches it.
+        settings: credentials and the webhook's secret.
+        database: remembers the address.
+        ingest: makes the project known.
+        models: knows the version.
+
+    Raises:
+        LabelStudioError: Label Studio refuses; the text says why and what to do.
+        LabelConfigError: the label config has nothing to detect.
+    """
+    url = url.rstrip("/")
+    info = client.project(label_studio_id)
+    parse_label_config(info.label_config)
+    project = ingest.introduce(info.key, info.id, label_config=info.label_config)
+    with database.session() as session:
+        stored = session.get_one(Project, project.id)
+        stored.title = info.title
+        stored.connection_url = url
+        stored.is_default = True
+    done = Connected(info.key, models.version(project))
+    _connection(client, label_studio_id, url, settings, done)
+    _webhook(client, label_studio_id, url, settings, done)
+    _project(client, label_studio_id, done)
+    return done
+
+
+def _connection(
+    client: LabelStudioClient, project: int, url: str, settings: Settings, done: Connected
+) -> None:
+    fields: dict[str, Any] = {"url": url, "title": done.version, "project": project}
+    if settings.basic_auth is not None:
+        user, password = settings.basic_auth
+        fields |= {
+            "auth_method": "BASIC_AUTH",
+            "basic_auth_user": user,
+            "basic_auth_pass": password,
+        }
+    else:
+        fields["auth_method"] = "NONE"
+    ours = [b for b in client.ml_backends(project) if b["url"].rstrip("/") == url]
+    if not ours:
+        client.add_ml_backend(**fields)
+        done.steps.append(f"connected {url} as {done.version}")
+        return
+    first, *others = ours
+    for double in others:
+        client.delete_ml_backend(double["id"])
+        done.steps.append(f"removed the double connection {double['id']}")
+    # The password cannot be read back: it is sent again each time.
+    client.update_ml_backend(first["id"], **fields)
+    done.steps.append(f"the connection was there; its title is {done.version}")
+
+
+def _webhook(
+    client: LabelStudioClient, project: int, url: str, settings: Settings, done: Connected
+) -> None:
+    address = f"{url}/webhook"
+    wanted: dict[str, Any] = {
+        "url": address,
+        "project": project,
+        "headers": webhook_headers(settings),
+        "is_active": True,
+        "send_payload": True,
+        "send_for_all_actions": True,
+    }
+    ours = [w for w in client.webhooks(project) if w["url"] == address]
+    if not ours:
+        client.create_webhook(**wanted)
+        done.steps.append("created the webhook")
+        return
+    first, *others = ours
+    for double in others:
+        client.delete_webhook(double["id"])
+        done.steps.append(f"removed the double webhook {double['id']}")
+    if any(first.get(name) != value for name, value in wanted.items()):
+        client.update_webhook(first["id"], **wanted)
+        done.steps.append("put the webhook right")
+    else:
+        done.steps.append("the webhook is right")
+
+
+def _project(client: LabelStudioClient, project: int, done: Connected) -> None:
+    client.update_project(
+        project,
+        sampling=SAMPLING,
+        show_collab_predictions=True,
+        evaluate_predictions_automatically=True,
+        # Equal to the connection's title: so predictions stay live and are ordered by score.
+        model_version=done.version,
+    )
+    done.steps.append("turned on uncertainty sampling and pre-annotation")

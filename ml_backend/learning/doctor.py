@@ -1,0 +1,291 @@
+"""Looks at everything that must be right, and says of what is not what to do."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import requests
+
+from ml_backend.detection.decoding import UndecodableImage, decode_image
+from ml_backend.detection.detector import Detector
+from ml_backend.detection.device import DeviceError, describe_device, resolve_device
+from ml_backend.detection.zoo import preset_named
+from ml_backend.label_studio.client import LabelStudioClient, LabelStudioError
+from ml_backend.label_studio.events import ProjectInfo
+from ml_backend.label_studio.images import ImageUnavailable, route_of
+from ml_backend.label_studio.label_config import LabelConfigError, parse_label_config
+from ml_backend.learning.connect import webhook_headers
+from ml_backend.learning.label_studios import LabelStudios
+from ml_backend.learning.models import UNTRAINED
+from ml_backend.settings import Settings
+from ml_backend.store.database import Database
+from ml_backend.store.tables import Project, now
+
+GUARD = (
+    "set ML_BLOCK_LOCAL_IP=false and SSRF_PROTECTION_ENABLED=false on the Label Studio side and "
+    "restart it: by default it refuses private and loopback addresses"
+)
+_ENOUGH_DISK = 2 * 2**30
+_HEARD_WITHIN = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        what: what was looked at.
+        status: `ok`, `warning` or `error`.
+        detail: what was found.
+        remedy: what to do, where something is to be done.
+    """
+
+    what: str
+    status: Literal["ok", "warning", "error"]
+    detail: str
+    remedy: str = ""
+
+
+class Doctor:
+    """Examines a backend and, where one is named, a project."""
+
+    def __init__(
+        self, settings: Settings, database: Database, label_studios: LabelStudios
+    ) -> None:
+        self._settings = settings
+        self._database = database
+        self._label_studios = label_studios
+
+    def examine(self, project: int | None) -> Iterator[Finding]:
+        """Yields what it finds, as it finds it.
+
+        Args:
+            project: Label Studio's id of a project to look at.
+        """
+        yield self._disk()
+        yield self._device()
+        yield self._weights()
+        yield self._server()
+        client = self._label_studios.default()
+        if client is None:
+            missing = [
+                name
+                for name, value in (
+                    ("LABEL_STUDIO_URL", self._settings.label_studio_url),
+                    ("LABEL_STUDIO_API_KEY", self._settings.label_studio_api_key),
+                )
+                if not value
+            ]
+            yield Finding(
+                "Label Studio",
+                "error",
+                f"{' and '.join(missing)} not set",
+                "set them: the token stands in Label Studio under Account & Settings",
+            )
+            return
+        reached = self._reach(client)
+        yield from reached
+        if project is None or any(f.status == "error" for f in reached):
+            return
+        yield from self._project(client, project)
+
+    def _disk(self) -> Finding:
+        free = shutil.disk_usage(self._settings.model_dir).free
+        where = f"{free / 2**30:.1f} GiB free in {self._settings.model_dir}"
+        if free < _ENOUGH_DISK:
+            return Finding(
+                "disk",
+                "warning",
+                where,
+                "make room, or set MODEL_DIR to a larger disk, or a smaller "
+                "ML_BACKEND_IMAGE_CACHE_BYTES",
+            )
+        return Finding("disk", "ok", where)
+
+    def _device(self) -> Finding:
+        try:
+            device = resolve_device(self._settings.device)
+        except DeviceError as error:
+            return Finding("device", "error", str(error), "or set ML_BACKEND_DEVICE=cpu")
+        described = ", ".join(str(value) for value in describe_device(device).values())
+        return Finding("device", "ok", described)
+
+    def _weights(self) -> Finding:
+        if self._settings.weights == "none":
+            return Finding("weights", "ok", "none, as set: trainings start from nothing")
+        try:
+            device = resolve_device("cpu")
+            preset = preset_named(self._settings.preset, resolve_device(self._settings.device))
+            loaded = Detector.pretrained(
+                preset, ("object",), self._settings.weights, device
+            ).weights
+        except (DeviceError, ValueError, OSError) as error:
+            return Finding("weights", "error", str(error), "see ML_BACKEND_WEIGHTS")
+        if loaded.kind == "none":
+            return Finding(
+                "weights",
+                "warning",
+                f"{preset.name}: {loaded.detail}",
+                "allow the download, or set ML_BACKEND_WEIGHTS to a file; without, trainings "
+                "start from nothing and need more annotations",
+            )
+        return Finding("weights", "ok", f"{preset.name}: {loaded.detail}")
+
+    def _server(self) -> Finding:
+        host = "127.0.0.1" if self._settings.host in {"0.0.0.0", "::"} else self._settings.host  # noqa: S104
+        url = f"http://{host}:{self._settings.port}"
+        try:
+            requests.get(f"{url}/health", timeout=2).raise_for_status()
+        except requests.RequestException as error:
+            return Finding(
+                "server", "error", f"{url} does not answer ({type(error).__name__})",
+                "start it: `ml-backend serve`",
+            )
+        return Finding("server", "ok", f"{url} is up")
+
+    def _reach(self, client: LabelStudioClient) -> list[Finding]:
+        try:
+            version = client.version()
+        except LabelStudioError as error:
+            return [Finding("Label Studio", "error", str(error), "check LABEL_STUDIO_URL")]
+        found = [Finding("Label Studio", "ok", f"{client.url} answers, version {version}")]
+        try:
+            who = client.whoami()
+        except LabelStudioError as error:
+            found.append(Finding("token", "error", str(error), "check LABEL_STUDIO_API_KEY"))
+        else:
+            found.append(Finding("token", "ok", f"it is {who.get('email', 'valid')}'s"))
+        return found
+
+    def _project(self, client: LabelStudioClient, number: int) -> Iterator[Finding]:
+        try:
+            info = client.project(number)
+        except LabelStudioError as error:
+            yield Finding(
+                "project", "error", str(error), "check the number, and whose token it is"
+            )
+            return
+        yield Finding("project", "ok", f"{number} is {info.title!r}")
+        try:
+            config = parse_label_config(info.label_config)
+        except LabelConfigError as error:
+            yield Finding("label config", "error", str(error), "change it in Label Studio")
+            return
+        yield Finding("label config", "ok", "labels: " + ", ".join(config.labels))
+        with self._database.reading() as session:
+            project = session.query(Project).filter_by(key=info.key).one_or_none()
+        if project is None or project.connection_url is None:
+            yield Finding(
+                "connection",
+                "error",
+                "the project is not connected",
+                f"ml-backend connect --project {number}",
+            )
+            return
+        yield self._connection(client, info, project)
+        yield from self._webhook(client, info, project)
+        yield self._image(client, project, tuple(config.controls_by_image()))
+
+    def _connection(
+        self, client: LabelStudioClient, info: ProjectInfo, project: Project
+    ) -> Finding:
+        again = f"ml-backend connect --project {info.id}"
+        ours = [b for b in client.ml_backends(info.id) if b["url"] == project.connection_url]
+        if not ours:
+            return Finding(
+                "connection", "error", f"{project.connection_url} is not connected", again
+            )
+        version = project.live_version or UNTRAINED
+        try:
+            # Label Studio checks address, health and setup whenever a connection is written.
+            client.update_ml_backend(
+                ours[0]["id"],
+                url=ours[0]["url"],
+                title=ours[0]["title"],
+                project=info.id,
+            )
+        except LabelStudioError as error:
+            blocked = "reserved" in str(error) or "block" in str(error)
+            return Finding(
+                "connection",
+                "error",
+                f"Label Studio does not reach {ours[0]['url']}: {error}",
+                GUARD if blocked else "check the address that `connect --url` was given",
+            )
+        if not (ours[0]["title"].startswith(version) and info.model_version == ours[0]["title"]):
+            return Finding(
+                "connection",
+                "warning",
+                f"its title is {ours[0]['title']!r}, the project's model version "
+                f"{info.model_version!r}, ours {version!r}: the next task is chosen at random",
+                again,
+            )
+        return Finding(
+            "connection", "ok", f"Label Studio reaches {ours[0]['url']}, titled {version}"
+        )
+
+    def _webhook(
+        self, client: LabelStudioClient, info: ProjectInfo, project: Project
+    ) -> Iterator[Finding]:
+        again = f"ml-backend connect --project {info.id}"
+        address = f"{project.connection_url}/webhook"
+        ours = [w for w in client.webhooks(info.id) if w["url"] == address]
+        if not ours:
+            yield Finding("webhook", "error", f"there is none to {address}", again)
+            return
+        right = webhook_headers(self._settings)
+        if len(ours) > 1 or not ours[0]["is_active"] or ours[0].get("headers", {}) != right:
+            yield Finding(
+                "webhook",
+                "error",
+                "it is there more than once, off, or lacks the credentials or the secret",
+                again,
+            )
+            return
+        yield Finding("webhook", "ok", f"Label Studio has one to {address}")
+        # Saying the project's title again makes Label Studio send PROJECT_UPDATED.
+        asked_at = now()
+        client.update_project(info.id, title=info.title)
+        until = time.monotonic() + _HEARD_WITHIN
+        while time.monotonic() < until:
+            with self._database.reading() as session:
+                heard = session.get_one(Project, project.id).heard_at
+            if heard is not None and heard >= asked_at:
+                yield Finding("heard from", "ok", "a webhook arrived just now, on request")
+                return
+            time.sleep(0.2)
+        last = project.heard_at.isoformat(timespec="seconds") if project.heard_at else "never"
+        yield Finding(
+            "heard from",
+            "error",
+            f"a webhook that was asked for did not arrive; last heard from: {last}",
+            GUARD,
+        )
+
+    def _image(
+        self, client: LabelStudioClient, project: Project, data_keys: tuple[str, ...]
+    ) -> Finding:
+        task = client.first_task(project.label_studio_id)
+        if task is None:
+            return Finding("image", "warning", "the project has no task yet", "import images")
+        value = task["data"].get(data_keys[0])
+        if not isinstance(value, str):
+            return Finding(
+                "image",
+                "error",
+                f"task {task['id']} has no image under {data_keys[0]!r}",
+                "the label config's value=\"$...\" must name a field of the tasks",
+            )
+        route = route_of(value)
+        try:
+            content = self._label_studios.images(project).fetch(task["id"], value)
+            image = decode_image(content, max_pixels=self._settings.image_max_pixels)
+        except (ImageUnavailable, UndecodableImage) as error:
+            return Finding("image", "error", f"task {task['id']}, {route}: {error}")
+        return Finding(
+            "image", "ok", f"task {task['id']}: {image.width} x {image.height}, {route}"
+        )

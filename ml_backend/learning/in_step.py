@@ -1,0 +1,68 @@
+"""Keeps Label Studio in step with the live version.
+
+Label Studio chooses the next task by the score of predictions whose version equals the project's
+`model_version`, and asks us for predictions only while that equals the title of our connection.
+So the title follows the live version, and Label Studio moves `model_version` along by itself.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from ml_backend.label_studio.client import LabelStudioError
+from ml_backend.learning.label_studios import LabelStudios
+from ml_backend.learning.models import version_of
+from ml_backend.settings import Settings
+from ml_backend.store.database import Database
+from ml_backend.store.tables import Project
+
+_log = logging.getLogger(__name__)
+
+
+class InStep:
+    """Moves the title of a project's connection to the live version."""
+
+    def __init__(
+        self, settings: Settings, database: Database, label_studios: LabelStudios
+    ) -> None:
+        self._settings = settings
+        self._database = database
+        self._label_studios = label_studios
+
+    def update(self, project_id: int) -> bool:
+        """Brings one project's connection into step; False where that must be tried again."""
+        with self._database.reading() as session:
+            project = session.get(Project, project_id)
+        if project is None:
+            return True
+        client = self._label_studios.client(project)
+        if client is None:
+            _log.warning(
+                "project %s: without LABEL_STUDIO_API_KEY the connection's title stays as it is, "
+                "and Label Studio goes on choosing tasks at random",
+                project.key,
+            )
+            return True
+        version = version_of(project)
+        try:
+            ours = [
+                backend
+                for backend in client.ml_backends(project.label_studio_id)
+                if backend["title"] != version and _is_ours(backend, project)
+            ]
+            for backend in ours:
+                client.update_ml_backend(
+                    backend["id"],
+                    title=version,
+                    url=backend["url"],
+                    project=project.label_studio_id,
+                )
+                _log.info("project %s: the connection is titled %s now", project.key, version)
+        except LabelStudioError as error:
+            _log.warning("project %s is not in step yet: %s", project.key, error)
+            return False
+        return True
+
+
+def _is_ours(backend: dict[str, object], project: Project) -> bool:
+    return backend.get("url") == project.connection_url or project.connection_url is None

@@ -1,0 +1,251 @@
+"""Jobs: everything that was asked for is a row with a state and a reason that people can read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from ml_backend.learning.ingest import annotated_tasks, changes_since
+from ml_backend.learning.policy import Decision, Situation, decide
+from ml_backend.settings import Settings
+from ml_backend.store.database import Database
+from ml_backend.store.tables import Job, Project, now
+
+ATTEMPTS = 3
+"""How often a job that crashes is tried."""
+
+STALE_AFTER = timedelta(seconds=30)
+"""A running job without a heartbeat for so long lost its worker."""
+
+ACTIVE = ("waiting", "queued", "running")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The answer to whoever asked for a training.
+
+    Attributes:
+        job: the job's id.
+        state: its state.
+        reason: in words.
+        enqueue: whether it has just become due and must be handed to the queue.
+    """
+
+    job: int
+    state: str
+    reason: str
+    enqueue: bool
+
+
+class Jobs:
+    """Creates jobs and moves them from state to state, each move one transaction."""
+
+    def __init__(self, database: Database, settings: Settings) -> None:
+        self._database = database
+        self._settings = settings
+
+    def consider_training(
+        self, project_id: int, *, trigger: str = "webhook", forced: bool = False
+    ) -> Asked:
+        """Decides what a project's training should do now, and makes the job say so.
+
+        One training job of a project is active at a time. What changes while it runs leads to
+        the next, since it counts as changed after the revision that the running one saw.
+        """
+        with self._database.session() as session:
+            # The row's lock: two workers must not both create the job.
+            project = session.get_one(Project, project_id, with_for_update=True)
+            job = _active_training(session, project_id)
+            if job is not None and job.state == "running":
+                return Asked(
+                    job.id,
+                    job.state,
+                    f"a training is running already, at {job.progress:.0%}; "
+                    "what changes meanwhile leads to the next one",
+                    enqueue=False,
+                )
+            if job is not None and job.state == "queued":
+                return Asked(job.id, job.state, job.reason, enqueue=False)
+            situation = self._situation(session, project, job)
+            decision = decide(
+                situation,
+                moment=now(),
+                every=self._settings.train_every,
+                minimum=self._settings.train_min,
+                delay=self._settings.train_delay,
+                forced=forced,
+            )
+            if job is None:
+                job = Job(project_id=project_id, kind="train", trigger=trigger, payload={})
+                session.add(job)
+            if forced:
+                job.trigger = trigger
+            _follow(job, decision)
+            session.flush()
+            return Asked(job.id, job.state, job.reason, enqueue=job.state == "queued")
+
+    def hand_over_predictions(self, project_id: int, tasks: list[dict[str, Any]]) -> int:
+        """A job for tasks whose predictions were not done by a request's deadline."""
+        with self._database.session() as session:
+            job = Job(
+                project_id=project_id,
+                kind="predict",
+                state="queued",
+                trigger="predict",
+                reason=f"{len(tasks)} tasks left over at the deadline of a request",
+                payload={"tasks": tasks},
+                heartbeat_at=now(),
+            )
+            session.add(job)
+            session.flush()
+            return job.id
+
+    def claim(self, job_id: int) -> Job | None:
+        """Takes a queued job that is due; None where another worker has it or it is not due."""
+        with self._database.session() as session:
+            claimed = session.execute(
+                update(Job)
+                .where(
+                    Job.id == job_id,
+                    Job.state == "queued",
+                    (Job.not_before.is_(None)) | (Job.not_before <= now()),
+                )
+                .values(
+                    state="running",
+                    attempt=Job.attempt + 1,
+                    progress=0.0,
+                    started_at=now(),
+                    heartbeat_at=now(),
+                    finished_at=None,
+                )
+                .returning(Job.id)
+            ).scalar()
+            return session.get_one(Job, job_id) if claimed is not None else None
+
+    def beat(self, job_id: int) -> None:
+        """Says that the worker of a running job lives."""
+        self._change(job_id, heartbeat_at=now())
+
+    def progress(self, job_id: int, fraction: float, reason: str) -> None:
+        """Says how far a running job is."""
+        self._change(job_id, progress=fraction, reason=reason, heartbeat_at=now())
+
+    def finish(self, job_id: int, state: str, reason: str, *, version: str | None = None) -> None:
+        """Ends a job as `done`, `failed` or `refused`."""
+        progress = {"progress": 1.0} if state == "done" else {}
+        self._change(
+            job_id, state=state, reason=reason, version=version, finished_at=now(), **progress
+        )
+
+    def try_again(self, job_id: int, why: str, *, wait: float, counts: bool = True) -> bool:
+        """Puts a job back, or fails it after too many attempts; answers whether it was put back.
+
+        Args:
+            job_id: the job.
+            why: what went wrong, in words.
+            wait: seconds before it may be claimed again.
+            counts: whether the attempt counts; a stop of the worker is not the job's fault.
+        """
+        with self._database.session() as session:
+            job = session.get_one(Job, job_id, with_for_update=True)
+            return _again(job, why, wait=wait, counts=counts)
+
+    def due(self) -> list[tuple[int, str]]:
+        """Id and kind of the queued jobs that are due and may not be in the queue any more."""
+        with self._database.reading() as session:
+            rows = session.execute(
+                select(Job.id, Job.kind).where(
+                    Job.state == "queued",
+                    (Job.not_before.is_(None)) | (Job.not_before <= now()),
+                    Job.heartbeat_at < now() - timedelta(seconds=10),
+                )
+            )
+            return [(number, kind) for number, kind in rows]
+
+    def touch(self, job_id: int) -> None:
+        """Says that a queued job was handed to the queue just now."""
+        self._change(job_id, heartbeat_at=now())
+
+    def recover(self) -> list[int]:
+        """Puts back the jobs whose worker died; answers their ids."""
+        with self._database.session() as session:
+            lost = session.scalars(
+                select(Job)
+                .where(Job.state == "running", Job.heartbeat_at < now() - STALE_AFTER)
+                .with_for_update(skip_locked=True)
+            ).all()
+            for job in lost:
+                _again(job, "its worker was stopped", wait=0, counts=True)
+            return [job.id for job in lost]
+
+    def get(self, job_id: int) -> Job | None:
+        """One job."""
+        with self._database.reading() as session:
+            return session.get(Job, job_id)
+
+    def waiting_until(self, project_id: int) -> datetime | None:
+        """When the waiting training of a project is due, where its quiet time runs."""
+        with self._database.reading() as session:
+            job = _active_training(session, project_id)
+            return job.not_before if job is not None and job.state == "waiting" else None
+
+    def _situation(self, session: Session, project: Project, job: Job | None) -> Situation:
+        enough = job.payload.get("enough_since") if job is not None else None
+        return Situation(
+            annotated=annotated_tasks(session, project.id),
+            changes=changes_since(session, project.id, project.trained_revision),
+            last_change=project.changed_at,
+            enough_since=datetime.fromisoformat(enough) if enough else None,
+            trained_before=project.trained_revision > 0,
+        )
+
+    def _change(self, job_id: int, **values: Any) -> None:
+        with self._database.session() as session:
+            session.execute(update(Job).where(Job.id == job_id).values(**values))
+
+
+def _active_training(session: Session, project_id: int) -> Job | None:
+    return session.scalar(
+        select(Job)
+        .where(Job.project_id == project_id, Job.kind == "train", Job.state.in_(ACTIVE))
+        .order_by(Job.id.desc())
+    )
+
+
+def _follow(job: Job, decision: Decision) -> None:
+    job.reason = decision.reason
+    job.not_before = decision.at
+    job.heartbeat_at = now()
+    match decision.action:
+        case "start":
+            job.state = "queued"
+            job.not_before = None
+        case "refuse":
+            job.state = "refused"
+            job.finished_at = now()
+        case "pause":
+            job.state = "waiting"
+            job.payload = {**job.payload, "enough_since": job.payload.get("enough_since")
+                           or now().isoformat()}
+        case "wait":
+            job.state = "waiting"
+            job.payload = {k: v for k, v in job.payload.items() if k != "enough_since"}
+
+
+def _again(job: Job, why: str, *, wait: float, counts: bool) -> bool:
+    if not counts:
+        job.attempt -= 1
+    if job.attempt >= ATTEMPTS:
+        job.state = "failed"
+        job.reason = f"failed after {job.attempt} attempts: {why}"
+        job.finished_at = now()
+        return False
+    job.state = "queued"
+    job.reason = f"{why}; tried again (attempt {job.attempt + 1} of {ATTEMPTS})"
+    job.not_before = now() + timedelta(seconds=wait)
+    job.heartbeat_at = now()
+    return True

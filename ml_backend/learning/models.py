@@ -1,0 +1,247 @@
+"""The detectors that are loaded: on demand, for as long as memory lasts, swapped without a pause."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import psutil
+import torch
+from sqlalchemy import select
+
+from ml_backend.detection.batching import BatchingPredictor
+from ml_backend.detection.detector import CorruptDetector, Detector
+from ml_backend.detection.device import resolve_device
+from ml_backend.detection.zoo import preset_named
+from ml_backend.learning.promotion import counts_of
+from ml_backend.settings import Settings
+from ml_backend.store.database import Database
+from ml_backend.store.registry import Registry, VersionMissing
+from ml_backend.store.tables import ModelVersion, Project
+
+_log = logging.getLogger(__name__)
+
+UNTRAINED = "untrained"
+PRETRAINED = "untrained-coco"
+SCARCE = 0.1
+"""Share of memory below which the model used longest ago is let go."""
+_WATCH = 1.0
+_LINGER = 300.0
+
+
+def version_of(project: Project) -> str:
+    """The version that a project's predictions carry, by what the database says."""
+    return project.live_version or UNTRAINED
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A detector that is ready to predict.
+
+    Attributes:
+        version: what its predictions carry.
+        labels: its label names; indices of its detections point into it.
+        thresholds: confidence from which a box is shown, by label; labels that are missing were
+            never seen in training and are never predicted.
+        predictor: predicts, in batches.
+        generic: whether it is the COCO detector, whose classes must be matched to labels.
+    """
+
+    version: str
+    labels: tuple[str, ...]
+    thresholds: Mapping[str, float]
+    predictor: BatchingPredictor
+    generic: bool = False
+
+
+class Models:
+    """Loaded models by project.
+
+    One thread per model runs it; a lock makes the device theirs in turn.
+    """
+
+    def __init__(self, settings: Settings, database: Database, registry: Registry) -> None:
+        self._settings = settings
+        self._database = database
+        self._registry = registry
+        self._lock = threading.Lock()
+        self._loading: dict[int, threading.Lock] = {}
+        self._loaded: OrderedDict[int, LoadedModel] = OrderedDict()
+        self._broken: set[tuple[int, str]] = set()
+        self._generic: LoadedModel | None = None
+        self._generic_tried = False
+        self._device: torch.device | None = None
+        self._device_lock = threading.Lock()
+        self._stopping = threading.Event()
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the settings; a DeviceError says what is wrong with it."""
+        if self._device is None:
+            self._device = resolve_device(self._settings.device)
+        return self._device
+
+    def version(self, project: Project) -> str:
+        """The version that a prediction made now would carry; never loads anything."""
+        with self._lock:
+            loaded = self._loaded.get(project.id)
+            if loaded is not None:
+                return loaded.version
+            if project.live_version is None and self._generic is not None:
+                return PRETRAINED
+        return version_of(project)
+
+    def get(self, project: Project) -> LoadedModel | None:
+        """The model that predicts for a project; loads it where that was not done.
+
+        None where the project has no version and no COCO detector can be had: nothing is
+        predicted until the first training.
+        """
+        with self._lock:
+            loaded = self._loaded.get(project.id)
+            if loaded is not None:
+                self._loaded.move_to_end(project.id)
+                return loaded
+            if project.live_version is None:
+                return self._generic
+            loading = self._loading.setdefault(project.id, threading.Lock())
+        with loading:
+            with self._lock:
+                if project.id in self._loaded:
+                    return self._loaded[project.id]
+            return self._load(project)
+
+    def watch(self) -> None:
+        """Follows promotions and rollbacks: loads beside the old one, then swaps. Runs for ever."""
+        self._load_generic()
+        while not self._stopping.wait(_WATCH):
+            try:
+                self._follow()
+            except Exception:
+                # The database may be away for a moment; the next look tries again.
+                _log.exception("looking for new versions failed")
+
+    def close(self) -> None:
+        """Stops watching, and the threads of all models."""
+        self._stopping.set()
+        with self._lock:
+            for loaded in self._loaded.values():
+                loaded.predictor.close()
+            self._loaded.clear()
+
+    def _follow(self) -> None:
+        with self._lock:
+            known = {number: loaded.version for number, loaded in self._loaded.items()}
+        if not known:
+            return
+        with self._database.reading() as session:
+            projects = session.scalars(select(Project).where(Project.id.in_(known))).all()
+        for project in projects:
+            live = project.live_version
+            if live is not None and live != known[project.id]:
+                self._load(project)
+
+    def _load(self, project: Project) -> LoadedModel | None:
+        for version, why in self._candidates(project):
+            if (project.id, version) in self._broken:
+                continue
+            started = time.monotonic()
+            try:
+                folder = self._registry.existing(project.key, version)
+                detector = Detector.load(folder, self.device)
+            except (VersionMissing, CorruptDetector) as error:
+                self._broken.add((project.id, version))
+                _log.error("project %s: %s cannot serve: %s", project.key, version, error)
+                continue
+            with self._database.reading() as session:
+                card = session.scalars(
+                    select(ModelVersion.card).where(
+                        ModelVersion.project_id == project.id, ModelVersion.name == version
+                    )
+                ).one()
+            seen = {label for label, boxes in counts_of(card).items() if boxes}
+            loaded = LoadedModel(
+                version=version,
+                labels=detector.labels,
+                thresholds={k: v for k, v in detector.thresholds.items() if k in seen},
+                predictor=BatchingPredictor(detector, device_lock=self._device_lock),
+            )
+            with self._lock:
+                old = self._loaded.pop(project.id, None)
+                self._loaded[project.id] = loaded
+            if old is not None:
+                # Requests under way finish on it; by then they are long answered.
+                _close_later(old)
+            _log.info(
+                "project %s: %s%s loaded in %.2f s",
+                project.key,
+                version,
+                why,
+                time.monotonic() - started,
+            )
+            self._make_room(project.id)
+            return loaded
+        return None
+
+    def _candidates(self, project: Project) -> list[tuple[str, str]]:
+        """The live version, and what serves where its artefact is broken: the ones before it."""
+        with self._database.reading() as session:
+            earlier = session.scalars(
+                select(ModelVersion.name)
+                .where(ModelVersion.project_id == project.id, ModelVersion.state == "retired")
+                .order_by(ModelVersion.promoted_at.desc())
+            ).all()
+        live = [(project.live_version, "")] if project.live_version else []
+        return live + [(name, " (instead of the broken live version)") for name in earlier]
+
+    def _make_room(self, keep: int) -> None:
+        while _memory_left(self.device) < SCARCE:
+            with self._lock:
+                oldest = next((number for number in self._loaded if number != keep), None)
+                if oldest is None:
+                    return
+                victim = self._loaded.pop(oldest)
+            _close_later(victim)
+            _log.info("%s was let go: memory is scarce", victim.version)
+
+    def _load_generic(self) -> None:
+        """COCO's detector serves projects without a version, where its weights can be had."""
+        if self._settings.weights == "none":
+            return
+        try:
+            device = self.device
+            detector = Detector.coco(preset_named(self._settings.preset, device), device)
+        except Exception:
+            _log.exception("no COCO detector")
+            return
+        if detector is None:
+            _log.warning(
+                "no COCO weights for this preset can be had: projects get empty predictions "
+                "until their first training"
+            )
+            return
+        self._generic = LoadedModel(
+            version=PRETRAINED,
+            labels=detector.labels,
+            thresholds=dict.fromkeys(detector.labels, 0.5),
+            predictor=BatchingPredictor(detector, device_lock=self._device_lock),
+            generic=True,
+        )
+
+
+def _close_later(model: LoadedModel) -> None:
+    timer = threading.Timer(_LINGER, model.predictor.close)
+    timer.daemon = True
+    timer.start()
+
+
+def _memory_left(device: torch.device) -> float:
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return free / total
+    memory = psutil.virtual_memory()
+    return memory.available / memory.total

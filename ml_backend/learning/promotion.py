@@ -1,0 +1,228 @@
+"""Which version is live: a better one goes live by itself, a worse one never does."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from ml_backend.detection.evaluation import Comparison, Evaluation
+from ml_backend.store.database import Database
+from ml_backend.store.registry import Registry, VersionMissing
+from ml_backend.store.tables import ModelVersion, Project, now
+
+_log = logging.getLogger(__name__)
+
+TIE = 0.005
+"""Mean AP50 by which a version may be behind and count as not worse: half a point is noise."""
+BAD_FALL = 0.15
+"""AP50 that no class with enough boxes may lose."""
+ENOUGH_BOXES = 20
+"""Boxes of a class in the hold-out from which its AP50 says something."""
+FINDS_SOMETHING = 0.1
+"""Mean AP50 that the first version needs: below it, boxes cost more than they save."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a version goes live, and why, in words."""
+
+    promote: bool
+    reason: str
+
+
+def judge(
+    evaluation: Evaluation,
+    comparison: Comparison | None,
+    live: str | None,
+) -> Verdict:
+    """Decides on a new version.
+
+    Args:
+        evaluation: the new version on today's hold-out (or out of fold).
+        comparison: new minus live, paired over the same images; None where nothing is live.
+        live: name of the live version.
+    """
+    score = evaluation.map50
+    if comparison is None or live is None:
+        if score < FINDS_SOMETHING:
+            return Verdict(
+                False, f"not promoted: AP50 {score:.2f} is below {FINDS_SOMETHING}; annotate more"
+            )
+        return Verdict(True, f"promoted: the first version that finds something, AP50 {score:.2f}")
+    interval = f"{comparison.delta:+.3f} (90 % interval {comparison.low:+.3f} to " \
+        f"{comparison.high:+.3f})"
+    if comparison.delta < -TIE:
+        return Verdict(False, f"not promoted: worse than {live} by AP50 {interval}")
+    for label, change in comparison.per_class.items():
+        if change.support >= ENOUGH_BOXES and change.delta < -BAD_FALL:
+            return Verdict(
+                False,
+                f"not promoted: {label} falls by {-change.delta:.2f} AP50 against {live}, "
+                f"though the mean changes by {interval}",
+            )
+    return Verdict(True, f"promoted: not worse than {live}, AP50 {interval}")
+
+
+class Versions:
+    """A project's model versions: which there are, and which is live."""
+
+    def __init__(self, database: Database, registry: Registry) -> None:
+        self._database = database
+        self._registry = registry
+
+    def record(
+        self,
+        project_id: int,
+        name: str,
+        card: dict[str, Any],
+        verdict: Verdict,
+        *,
+        parent: str | None,
+        revision: int,
+    ) -> None:
+        """Enters a new version and, if the verdict says so, makes it live: one transaction."""
+        with self._database.session() as session:
+            session.add(
+                ModelVersion(
+                    project_id=project_id,
+                    name=name,
+                    state="rejected",
+                    reason=verdict.reason,
+                    card=card,
+                    parent=parent,
+                )
+            )
+            session.flush()
+            project = session.get_one(Project, project_id, with_for_update=True)
+            project.trained_revision = max(project.trained_revision, revision)
+            if verdict.promote:
+                _make_live(session, project, name, verdict.reason)
+
+    def promote(self, project_id: int, name: str, reason: str) -> None:
+        """Makes a version live because somebody asked for it.
+
+        Raises:
+            VersionMissing: it does not exist, or its artefact is gone.
+        """
+        with self._database.session() as session:
+            project = session.get_one(Project, project_id, with_for_update=True)
+            self._check(session, project, name)
+            _make_live(session, project, name, reason)
+
+    def rollback(self, project_id: int, to: str | None = None) -> str:
+        """Goes back to an earlier version at once; answers which.
+
+        What was live is marked, and is never promoted again by itself.
+
+        Args:
+            project_id: the project.
+            to: the version to go back to; the one that was live before by default.
+
+        Raises:
+            VersionMissing: there is none to go back to.
+        """
+        with self._database.session() as session:
+            project = session.get_one(Project, project_id, with_for_update=True)
+            target = to or self._previous(session, project)
+            if target is None:
+                raise VersionMissing(
+                    f"project {project.key} has no earlier version to go back to"
+                )
+            self._check(session, project, target)
+            left = project.live_version
+            if target == left:
+                raise VersionMissing(f"{target} is live already")
+            _make_live(session, project, target, f"rolled back from {left}")
+            session.execute(
+                update(ModelVersion)
+                .where(ModelVersion.project_id == project_id, ModelVersion.name == left)
+                .values(state="rolled back", reason=f"rolled back to {target} on request")
+            )
+            return target
+
+    def all(self, project_id: int) -> list[ModelVersion]:
+        """The project's versions, newest first."""
+        with self._database.reading() as session:
+            return list(
+                session.scalars(
+                    select(ModelVersion)
+                    .where(ModelVersion.project_id == project_id)
+                    .order_by(ModelVersion.id.desc())
+                )
+            )
+
+    def count(self, project_id: int) -> int:
+        """How many versions there have been."""
+        return len(self.all(project_id))
+
+    def prune(self, project_id: int, keep: int) -> list[str]:
+        """Deletes the artefacts of old versions; answers their names.
+
+        Kept are the live version, the one it would roll back to, and the `keep` newest.
+        """
+        with self._database.session() as session:
+            project = session.get_one(Project, project_id, with_for_update=True)
+            versions = session.scalars(
+                select(ModelVersion)
+                .where(ModelVersion.project_id == project_id, ModelVersion.state != "pruned")
+                .order_by(ModelVersion.id.desc())
+            ).all()
+            kept = {project.live_version, self._previous(session, project)}
+            kept |= {v.name for v in versions[:keep]}
+            doomed = [v for v in versions if v.name not in kept]
+            for version in doomed:
+                version.state = "pruned"
+            key = project.key
+        for version in doomed:
+            self._registry.remove(key, version.name)
+        return [v.name for v in doomed]
+
+    def _check(self, session: Session, project: Project, name: str) -> None:
+        known = session.scalar(
+            select(ModelVersion).where(
+                ModelVersion.project_id == project.id, ModelVersion.name == name
+            )
+        )
+        if known is None:
+            raise VersionMissing(
+                f"project {project.key} has no version {name}: `ml-backend versions` lists them"
+            )
+        self._registry.existing(project.key, name)
+
+    @staticmethod
+    def _previous(session: Session, project: Project) -> str | None:
+        return session.scalar(
+            select(ModelVersion.name)
+            .where(
+                ModelVersion.project_id == project.id,
+                ModelVersion.state == "retired",
+                ModelVersion.name != project.live_version,
+            )
+            .order_by(ModelVersion.promoted_at.desc())
+            .limit(1)
+        )
+
+
+def _make_live(session: Session, project: Project, name: str, reason: str) -> None:
+    session.execute(
+        update(ModelVersion)
+        .where(ModelVersion.project_id == project.id, ModelVersion.state == "live")
+        .values(state="retired")
+    )
+    session.execute(
+        update(ModelVersion)
+        .where(ModelVersion.project_id == project.id, ModelVersion.name == name)
+        .values(state="live", reason=reason, promoted_at=now())
+    )
+    project.live_version = name
+    _log.info("project %s: %s is live: %s", project.key, name, reason)
+
+
+def counts_of(card: Mapping[str, Any]) -> dict[str, int]:
+    """Boxes of each label that a version was trained on, from its card."""
+    return {str(k): int(v) for k, v in card.get("data", {}).get("boxes", {}).items()}

@@ -1,0 +1,46 @@
+"""`python -m ml_backend.learning.training_process JOB`: the process that a training runs in."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+
+from ml_backend.backend import Backend
+from ml_backend.learning.supervisor import REFUSED, lower_priority
+from ml_backend.learning.training_run import TrainingRefused, TrainingRun
+from ml_backend.settings import load_settings
+
+
+def main(job_id: int) -> int:
+    """Runs one training; the exit status tells the supervisor how it ended."""
+    lower_priority()
+    backend = Backend(load_settings())
+    logging.basicConfig(
+        level=backend.settings.log_level, format="%(asctime)s %(levelname)s training: %(message)s"
+    )
+    job = backend.jobs.get(job_id)
+    if job is None:
+        raise SystemExit(f"there is no job {job_id}")
+    last_told = 0.0
+
+    def tell(fraction: float, words: str) -> None:
+        nonlocal last_told
+        if time.monotonic() - last_told > 1:
+            last_told = time.monotonic()
+            backend.jobs.progress(job_id, fraction, words)
+
+    run = TrainingRun(
+        backend.settings, backend.database, backend.registry, backend.label_studios, tell
+    )
+    try:
+        outcome = run.run(job.project_id)
+    except TrainingRefused as refused:
+        backend.jobs.finish(job_id, "refused", str(refused))
+        return REFUSED
+    backend.jobs.finish(job_id, "done", outcome.verdict.reason, version=outcome.version)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))

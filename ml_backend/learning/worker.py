@@ -1,0 +1,179 @@
+"""The worker: takes jobs from the queue, and looks every second whether a training is due.
+
+The jobs table is the truth, the queue only hands jobs out: whatever is lost with a killed process
+is found in the table and handed out again.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from huey import RedisHuey, SqliteHuey
+from huey.api import Huey
+from sqlalchemy import select
+
+from ml_backend.learning.in_step import InStep
+from ml_backend.learning.jobs import Jobs
+from ml_backend.learning.leftovers import Leftovers
+from ml_backend.learning.supervisor import supervise
+from ml_backend.settings import Settings
+from ml_backend.store.database import Database
+from ml_backend.store.tables import Project, now
+
+_log = logging.getLogger(__name__)
+
+_TICK = 1.0
+_BUSY = 3.0
+"""Seconds before a training looks again whether another one has ended."""
+
+
+def make_queue(settings: Settings) -> Huey:
+    """The queue: a SQLite file below `MODEL_DIR`, or Redis, by `QUEUE_URL`."""
+    url = settings.queue_url
+    if url and url.startswith("redis"):
+        return RedisHuey("ml-backend", url=url, results=False)
+    file = Path(url.removeprefix("sqlite:///")) if url else settings.model_dir / "queue.db"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return SqliteHuey("ml-backend", filename=str(file), results=False)
+
+
+class Tasks:
+    """What the queue carries: the number of a job, or of a project to bring into step.
+
+    Args:
+        queue: where they are put, and taken from by a worker.
+    """
+
+    def __init__(self, queue: Huey) -> None:
+        self.queue = queue
+        self._work: dict[str, Callable[[int], None]] = {}
+        self._run = queue.task(name="run")(self._do)
+
+    def put(self, kind: str, number: int, *, wait: float = 0) -> None:
+        """Puts a piece of work into the queue, to be taken after `wait` seconds."""
+        if wait:
+            self._run.schedule(args=(kind, number), delay=wait)
+        else:
+            self._run(kind, number)
+
+    def on(self, kind: str, work: Callable[[int], None]) -> None:
+        """Says what a worker does with a kind of work."""
+        self._work[kind] = work
+
+    def _do(self, kind: str, number: int) -> None:
+        self._work[kind](number)
+
+
+class Worker:
+    """Trains, finishes predictions, and keeps Label Studio in step."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        jobs: Jobs,
+        tasks: Tasks,
+        in_step: InStep,
+        leftovers: Leftovers,
+    ) -> None:
+        self._settings = settings
+        self._database = database
+        self._jobs = jobs
+        self._tasks = tasks
+        self._in_step = in_step
+        self._leftovers = leftovers
+        self._stopping = threading.Event()
+        self._seen: dict[int, int] = {}
+        self._due: dict[int, datetime] = {}
+        self._live: dict[int, str | None] = {}
+        tasks.on("train", self._train)
+        tasks.on("predict", self._predict)
+        tasks.on("in step", self._keep_in_step)
+
+    def run(self) -> None:
+        """Works until the process is told to stop."""
+        ticker = threading.Thread(target=self._tick, name="ticker", daemon=True)
+        ticker.start()
+        # Threads: a training only waits for its process, so four of them serve several projects.
+        consumer = self._tasks.queue.create_consumer(
+            workers=4, worker_type="thread", max_delay=1.0, check_worker_health=True
+        )
+        try:
+            consumer.run()
+        finally:
+            self._stopping.set()
+            ticker.join()
+
+    def _tick(self) -> None:
+        while not self._stopping.wait(_TICK):
+            try:
+                self._jobs.recover()
+                for job_id, kind in self._jobs.due():
+                    self._jobs.touch(job_id)
+                    self._tasks.put(kind, job_id)
+                self._look_at_projects()
+            except Exception:
+                # The database may be away for a moment; the next tick tries again.
+                _log.exception("looking for work failed")
+
+    def _look_at_projects(self) -> None:
+        with self._database.reading() as session:
+            projects = session.scalars(select(Project)).all()
+        for project in projects:
+            due = self._due.get(project.id)
+            changed = self._seen.get(project.id, -1) != project.revision
+            if project.revision > project.trained_revision and (
+                changed or (due is not None and due <= now())
+            ):
+                self._seen[project.id] = project.revision
+                asked = self._jobs.consider_training(project.id)
+                self._due.pop(project.id, None)
+                if asked.enqueue:
+                    self._tasks.put("train", asked.job)
+                elif (until := self._jobs.waiting_until(project.id)) is not None:
+                    self._due[project.id] = until
+            if self._live.setdefault(project.id, project.live_version) != project.live_version:
+                self._live[project.id] = project.live_version
+                self._tasks.put("in step", project.id)
+
+    def _train(self, job_id: int) -> None:
+        # Two trainings at once on one machine would only slow each other.
+        lock = FileLock(self._settings.model_dir / "training.lock", blocking=False)
+        try:
+            with lock:
+                self._train_now(job_id)
+        except Timeout:
+            self._tasks.put("train", job_id, wait=_BUSY)
+            self._jobs.touch(job_id)
+
+    def _train_now(self, job_id: int) -> None:
+        job = self._jobs.claim(job_id)
+        if job is None:
+            return
+        ended = supervise(job_id, self._jobs, self._settings, self._stopping)
+        _log.info("training of job %d: %s %s", job_id, ended.status, ended.reason)
+        if ended.status == "stopped":
+            self._jobs.try_again(job_id, ended.reason, wait=0, counts=False)
+        elif ended.status == "crashed":
+            self._jobs.try_again(job_id, ended.reason, wait=5.0 * job.attempt)
+        # What changed meanwhile is looked at again.
+        self._seen.pop(job.project_id, None)
+
+    def _predict(self, job_id: int) -> None:
+        job = self._jobs.claim(job_id)
+        if job is None:
+            return
+        try:
+            self._jobs.finish(job_id, "done", self._leftovers.finish(job, self._jobs))
+        except Exception as error:
+            _log.exception("job %d", job_id)
+            self._jobs.try_again(job_id, str(error), wait=30.0 * job.attempt)
+
+    def _keep_in_step(self, project_id: int) -> None:
+        if not self._in_step.update(project_id):
+            self._tasks.put("in step", project_id, wait=30)

@@ -1,0 +1,110 @@
+"""The database: SQLite in a file by default, PostgreSQL by URL; brought to the schema at start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from filelock import FileLock
+from sqlalchemy import Engine, create_engine, event
+from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from ml_backend.store.tables import Base
+
+_MIGRATIONS = Path(__file__).parent / "migrations"
+
+
+class Database:
+    """Sessions on one database.
+
+    Args:
+        url: SQLAlchemy URL, `sqlite:///file` or `postgresql+psycopg://…`.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.engine = _engine(url)
+        self._sessions = sessionmaker(self.engine, expire_on_commit=False)
+        reading = self.engine.execution_options(reading=True)
+        self._readings = sessionmaker(reading, expire_on_commit=False)
+
+    @property
+    def is_sqlite(self) -> bool:
+        """Whether it is a SQLite file."""
+        return self.engine.dialect.name == "sqlite"
+
+    @contextmanager
+    def session(self) -> Iterator[Session]:
+        """One transaction: committed at the end, rolled back on an exception."""
+        with self._sessions.begin() as session:
+            yield session
+
+    @contextmanager
+    def reading(self) -> Iterator[Session]:
+        """One transaction that only reads, and so waits for no writer."""
+        with self._readings.begin() as session:
+            yield session
+
+    def insert(self, table: type[Base]) -> Any:
+        """An `INSERT` that knows `ON CONFLICT`, in this database's dialect."""
+        return (sqlite_insert if self.is_sqlite else postgresql_insert)(table)
+
+    def migrate(self) -> None:
+        """Brings the schema to this release's; safe when several processes start together."""
+        config = Config()
+        config.set_main_option("script_location", str(_MIGRATIONS))
+        config.attributes["engine"] = self.engine
+        if self.is_sqlite and self.engine.url.database:
+            file = Path(self.engine.url.database)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{file}.migrating"):
+                command.upgrade(config, "head")
+            # Tokens that `/setup` brought lie in it: no one else may read it.
+            file.chmod(0o600)
+        else:
+            command.upgrade(config, "head")
+
+    def close(self) -> None:
+        """Gives the connections back."""
+        self.engine.dispose()
+
+
+def in_chunks(rows: Iterable[Mapping[str, Any]], size: int = 500) -> Iterator[list[dict[str, Any]]]:
+    """The rows in lists of at most `size`: databases bound the parameters of a statement."""
+    chunk: list[dict[str, Any]] = []
+    for row in rows:
+        chunk.append(dict(row))
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _engine(url: str) -> Engine:
+    if not url.startswith("sqlite"):
+        return create_engine(url, pool_pre_ping=True)
+    engine = create_engine(url, connect_args={"timeout": 30})
+
+    @event.listens_for(engine, "connect")
+    def _configure(connection: Any, _: ConnectionPoolEntry) -> None:
+        # Readers never wait for the writer (WAL); a writer waits for another instead of failing.
+        # NORMAL keeps every commit through a crash of the process; see SQLite's PRAGMA docs.
+        connection.isolation_level = None
+        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Any) -> None:
+        # IMMEDIATE takes the write lock at once: what is read cannot go stale before it is written.
+        reading = connection.get_execution_options().get("reading", False)
+        connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+
+    return engine

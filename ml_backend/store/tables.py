@@ -1,0 +1,172 @@
+"""The tables. One row is one thing that Label Studio, or the loop, has a name for."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+from sqlalchemy import JSON, BigInteger, DateTime, ForeignKey, Index, String, Text, UniqueConstraint
+from sqlalchemy.engine import Dialect
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.types import TypeDecorator
+
+
+def now() -> datetime:
+    """The present moment, in UTC."""
+    return datetime.now(UTC)
+
+
+LabelStudioId = Annotated[int, mapped_column(BigInteger)]
+"""An id that Label Studio gave."""
+
+
+class UTCDateTime(TypeDecorator[datetime]):
+    """A moment in UTC, timezone-aware on both databases (SQLite keeps no zone)."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is not None and value.tzinfo is None:
+            raise ValueError("a moment without a time zone cannot be stored")
+        return value.astimezone(UTC) if value is not None else None
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        return value.replace(tzinfo=UTC) if value is not None and value.tzinfo is None else value
+
+
+class Base(DeclarativeBase):
+    """Declares the types that columns share."""
+
+    type_annotation_map = {
+        datetime: UTCDateTime(),
+        dict[str, Any]: JSON(),
+        list[Any]: JSON(),
+    }
+
+
+class Project(Base):
+    """A project of some Label Studio.
+
+    `key` is `"{id}.{creation as unix seconds}"`, as Label Studio itself sends it: an id alone
+    does not identify a project where one backend serves several Label Studios.
+    """
+
+    __tablename__ = "projects"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    key: Mapped[str] = mapped_column(String(64), unique=True)
+    label_studio_id: Mapped[LabelStudioId] = mapped_column(index=True)
+    title: Mapped[str] = mapped_column(Text, default="")
+    label_config: Mapped[str] = mapped_column(Text, default="")
+    url: Mapped[str | None] = mapped_column(Text)
+    """Where its Label Studio said it is (`/setup`), and the token that came with it."""
+    token: Mapped[str | None] = mapped_column(Text)
+    is_default: Mapped[bool | None]
+    """Whether it lives in the Label Studio of the settings; unknown until that was asked."""
+    connection_url: Mapped[str | None] = mapped_column(Text)
+    """Our address, as `connect` told it to Label Studio."""
+    live_version: Mapped[str | None] = mapped_column(String(128))
+    revision: Mapped[int] = mapped_column(default=0)
+    """Counts the changes of its annotations."""
+    trained_revision: Mapped[int] = mapped_column(default=0)
+    """The revision that the newest training saw."""
+    changed_at: Mapped[datetime | None]
+    """When an annotation last changed."""
+    heard_at: Mapped[datetime | None]
+    """When a webhook last arrived."""
+    reconciled_at: Mapped[datetime | None]
+    """Label Studio's time up to which changes were read back over the API."""
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class Task(Base):
+    """A task of a project, as far as it was heard of."""
+
+    __tablename__ = "tasks"
+    __table_args__ = (UniqueConstraint("project_id", "label_studio_id"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    project_id: Mapped[int] = mapped_column(ForeignKey("projects.id", ondelete="CASCADE"))
+    label_studio_id: Mapped[LabelStudioId]
+    data: Mapped[dict[str, Any]]
+    updated_at: Mapped[datetime | None]
+    deleted_at: Mapped[datetime | None]
+    fingerprint: Mapped[str | None] = mapped_column(String(64))
+    """Perceptual hash of its image, hexadecimal."""
+    clip: Mapped[LabelStudioId | None]
+    """Task (`label_studio_id`) that stands for all its near-duplicates."""
+    side: Mapped[str | None] = mapped_column(String(8))
+    """`train` or `holdout`; once set, it never changes."""
+
+
+class Annotation(Base):
+    """An annotation. A deleted one stays as a tombstone, so that a late event cannot revive it."""
+
+    __tablename__ = "annotations"
+    __table_args__ = (
+        UniqueConstraint("project_id", "label_studio_id"),
+        Index("ix_annotations_task", "project_id", "task_id"),
+        Index("ix_annotations_revision", "project_id", "revision"),
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    project_id: Mapped[int] = mapped_column(ForeignKey("projects.id", ondelete="CASCADE"))
+    label_studio_id: Mapped[LabelStudioId]
+    task_id: Mapped[LabelStudioId | None]
+    """Label Studio's id of the task; unknown for a tombstone heard of before its annotation."""
+    result: Mapped[list[Any]]
+    was_cancelled: Mapped[bool] = mapped_column(default=False)
+    ground_truth: Mapped[bool] = mapped_column(default=False)
+    lead_time: Mapped[float | None]
+    parent_prediction: Mapped[LabelStudioId | None]
+    completed_by: Mapped[int | None]
+    created_at: Mapped[datetime | None]
+    updated_at: Mapped[datetime | None]
+    received_at: Mapped[datetime] = mapped_column(default=now)
+    deleted_at: Mapped[datetime | None]
+    revision: Mapped[int] = mapped_column(default=0)
+
+
+class Job(Base):
+    """Something that was asked for, what became of it, and why, in words."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (Index("ix_jobs_project_state", "project_id", "state"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    project_id: Mapped[int] = mapped_column(ForeignKey("projects.id", ondelete="CASCADE"))
+    kind: Mapped[str] = mapped_column(String(16))
+    """`train`, or `predict` (the rest of a request that met its deadline)."""
+    state: Mapped[str] = mapped_column(String(16))
+    """`waiting`, `queued`, `running`, `done`, `failed` or `refused`."""
+    reason: Mapped[str] = mapped_column(Text, default="")
+    trigger: Mapped[str] = mapped_column(String(16))
+    """`webhook`, `button`, `command` or `predict`."""
+    progress: Mapped[float] = mapped_column(default=0.0)
+    attempt: Mapped[int] = mapped_column(default=0)
+    payload: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    version: Mapped[str | None] = mapped_column(String(128))
+    not_before: Mapped[datetime | None]
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    started_at: Mapped[datetime | None]
+    heartbeat_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+
+class ModelVersion(Base):
+    """A detector that was trained for a project; its artefact lies in the registry."""
+
+    __tablename__ = "model_versions"
+    __table_args__ = (UniqueConstraint("project_id", "name"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    project_id: Mapped[int] = mapped_column(ForeignKey("projects.id", ondelete="CASCADE"))
+    name: Mapped[str] = mapped_column(String(128))
+    state: Mapped[str] = mapped_column(String(16))
+    """`live`, `retired` (was live), `rejected` (worse), `rolled back`, or `pruned` (no artefact)."""
+    reason: Mapped[str] = mapped_column(Text, default="")
+    card: Mapped[dict[str, Any]]
+    parent: Mapped[str | None] = mapped_column(String(128))
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    promoted_at: Mapped[datetime | None]

@@ -1,0 +1,78 @@
+"""Settings: names, precedence, and the one line that an admin reads when one is wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ml_backend.settings import SettingsError, load_settings, setting_names
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "settings.env"
+    file.write_text("PORT=9191\nML_BACKEND_TRAIN_EVERY=7\n")
+    settings = load_settings({"ML_BACKEND_CONFIG": str(file), "PORT": "9292"})
+    assert settings.port == 9292
+    assert settings.train_every == 7
+
+
+@pytest.mark.parametrize(
+    ("environ", "names"),
+    [
+        ({"ML_BACKEND_TRIAN_EVERY": "3"}, ["ML_BACKEND_TRIAN_EVERY", "ML_BACKEND_TRAIN_EVERY"]),
+        ({"ML_BACKEND_PRESET": "huge"}, ["ML_BACKEND_PRESET", "huge", "tiny"]),
+        ({"ML_BACKEND_WEIGHTS": "/no/such/file"}, ["ML_BACKEND_WEIGHTS", "/no/such/file"]),
+        ({"ML_BACKEND_DEVICE": "tpu"}, ["ML_BACKEND_DEVICE"]),
+        ({"PORT": "99999"}, ["PORT"]),
+        ({"LABEL_STUDIO_URL": "label-studio:8080"}, ["LABEL_STUDIO_URL", "http://"]),
+        ({"DATABASE_URL": "mysql://x"}, ["DATABASE_URL", "postgresql://"]),
+        ({"QUEUE_URL": "amqp://x"}, ["QUEUE_URL", "redis://"]),
+        ({"BASIC_AUTH_USER": "me"}, ["BASIC_AUTH_PASS"]),
+        ({"ML_BACKEND_CONFIG": "/no/such/file"}, ["ML_BACKEND_CONFIG"]),
+    ],
+)
+def test_a_wrong_setting_is_named_in_one_line(environ: dict[str, str], names: list[str]) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_settings(environ)
+    text = str(caught.value)
+    assert "\n" not in text
+    for name in names:
+        assert name in text
+
+
+def test_an_unknown_name_in_the_file_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "settings.env"
+    file.write_text("PORTS=1\n")
+    with pytest.raises(SettingsError, match="PORTS"):
+        load_settings({"ML_BACKEND_CONFIG": str(file)})
+
+
+def test_secrets_are_not_shown() -> None:
+    settings = load_settings({"LABEL_STUDIO_API_KEY": "s3cret", "ML_BACKEND_WEBHOOK_SECRET": "x9"})
+    assert "s3cret" not in repr(settings)
+    assert "x9" not in repr(settings)
+
+
+def test_the_default_file_documents_every_setting() -> None:
+    text = (ROOT / "config/default.env").read_text()
+    for name in setting_names().values():
+        assert f"# {name}=" in text, name
+
+
+def test_the_start_stops_with_one_line() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "ml_backend.cli", "status"],
+        env={"ML_BACKEND_NO_SUCH": "1", "PATH": "/usr/bin:/bin"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert "ML_BACKEND_NO_SUCH" in ended.stderr
+    assert "Traceback" not in ended.stderr
