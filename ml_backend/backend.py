@@ -96,6 +96,4 @@ class Backend:
             # Made when the first left-over job comes: most workers never load a model.
             lambda: self.serving,
         )
-        return Worker(
-            self.settings, self.database, self.jobs, self.tasks, self.in_step, leftovers
-        )
+        return Worker(self.settings, self.database, self.jobs, self.tasks, self.in_step, leftovers)

@@ -270,9 +270,7 @@ def versions(project: _Project, as_json: _Json = False) -> None:
         return
     table = Table("version", "state", "tasks", "AP50", "reason")
     for v in rows:
-        table.add_row(
-            v.name, v.state, str(v.card["data"]["tasks"]), _quality(v.card), v.reason
-        )
+        table.add_row(v.name, v.state, str(v.card["data"]["tasks"]), _quality(v.card), v.reason)
     _out.print(table)
 
 
@@ -318,9 +316,7 @@ def _backend() -> tuple[Settings, Any]:
 
 def _find(backend: Any, number: int) -> Project:
     with backend.database.reading() as session:
-        found = session.scalars(
-            select(Project).where(Project.label_studio_id == number)
-        ).all()
+        found = session.scalars(select(Project).where(Project.label_studio_id == number)).all()
     default = [p for p in found if p.is_default] or list(found)
     if not default:
         raise _fail(

@@ -12,8 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from ml_backend.backend import Backend
-from ml_backend.label_studio.events import Ignored, TrainingRequested, parse_event
-from ml_backend.label_studio.events import parse_project_key
+from ml_backend.label_studio.events import (
+    Ignored,
+    TrainingRequested,
+    parse_event,
+    parse_project_key,
+)
 from ml_backend.label_studio.label_config import parse_label_config
 from ml_backend.settings import load_settings
 
@@ -45,9 +49,7 @@ class DetectorModel:
             return
         key = parse_project_key(self.project_id)
         backend = shared_backend()
-        self._project = backend.ingest.introduce(
-            key.key, key.id, label_config=self.label_config
-        )
+        self._project = backend.ingest.introduce(key.key, key.id, label_config=self.label_config)
         self.model_version = backend.models.version(self._project)
 
     def predict(

@@ -172,9 +172,7 @@ class Settings(BaseSettings):
 
 def setting_names() -> dict[str, str]:
     """Environment name of every setting, by field name."""
-    return {
-        field: str(info.validation_alias) for field, info in Settings.model_fields.items()
-    }
+    return {field: str(info.validation_alias) for field, info in Settings.model_fields.items()}
 
 
 def load_settings(environ: Mapping[str, str] | None = None, **overrides: Any) -> Settings:

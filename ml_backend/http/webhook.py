@@ -26,9 +26,7 @@ def webhook() -> dict[str, Any]:
         return {"status": "ignored", "action": event.action}
     applied = backend().ingest.apply(event, event.project)
     if isinstance(event, TrainingRequested):
-        asked = backend().jobs.consider_training(
-            applied.project_id, trigger="button", forced=True
-        )
+        asked = backend().jobs.consider_training(applied.project_id, trigger="button", forced=True)
         if asked.enqueue:
             backend().tasks.put("train", asked.job)
         return {"status": asked.state, "job": asked.job, "reason": asked.reason}

@@ -53,9 +53,7 @@ class Finding:
 class Doctor:
     """Examines a backend and, where one is named, a project."""
 
-    def __init__(
-        self, settings: Settings, database: Database, label_studios: LabelStudios
-    ) -> None:
+    def __init__(self, settings: Settings, database: Database, label_studios: LabelStudios) -> None:
         self._settings = settings
         self._database = database
         self._label_studios = label_studios
@@ -142,7 +140,9 @@ class Doctor:
             requests.get(f"{url}/health", timeout=2).raise_for_status()
         except requests.RequestException as error:
             return Finding(
-                "server", "error", f"{url} does not answer ({type(error).__name__})",
+                "server",
+                "error",
+                f"{url} does not answer ({type(error).__name__})",
                 "start it: `ml-backend serve`",
             )
         return Finding("server", "ok", f"{url} is up")
@@ -165,9 +165,7 @@ class Doctor:
         try:
             info = client.project(number)
         except LabelStudioError as error:
-            yield Finding(
-                "project", "error", str(error), "check the number, and whose token it is"
-            )
+            yield Finding("project", "error", str(error), "check the number, and whose token it is")
             return
         yield Finding("project", "ok", f"{number} is {info.title!r}")
         try:
@@ -278,7 +276,7 @@ class Doctor:
                 "image",
                 "error",
                 f"task {task['id']} has no image under {data_keys[0]!r}",
-                "the label config's value=\"$...\" must name a field of the tasks",
+                'the label config\'s value="$..." must name a field of the tasks',
             )
         route = route_of(value)
         try:
@@ -286,6 +284,4 @@ class Doctor:
             image = decode_image(content, max_pixels=self._settings.image_max_pixels)
         except (ImageUnavailable, UndecodableImage) as error:
             return Finding("image", "error", f"task {task['id']}, {route}: {error}")
-        return Finding(
-            "image", "ok", f"task {task['id']}: {image.width} x {image.height}, {route}"
-        )
+        return Finding("image", "ok", f"task {task['id']}: {image.width} x {image.height}, {route}")

@@ -22,9 +22,7 @@ _log = logging.getLogger(__name__)
 class InStep:
     """Moves the title of a project's connection to the live version."""
 
-    def __init__(
-        self, settings: Settings, database: Database, label_studios: LabelStudios
-    ) -> None:
+    def __init__(self, settings: Settings, database: Database, label_studios: LabelStudios) -> None:
         self._settings = settings
         self._database = database
         self._label_studios = label_studios

@@ -171,9 +171,7 @@ class Ingest:
             .values(key=key, label_studio_id=label_studio_id)
             .on_conflict_do_nothing(index_elements=["key"])
         )
-        row = session.scalars(
-            select(Project).where(Project.key == key).with_for_update()
-        ).one()
+        row = session.scalars(select(Project).where(Project.key == key).with_for_update()).one()
         if title:
             row.title = title
         if label_config:
@@ -246,9 +244,7 @@ class Ingest:
             changed += len(outcome.all())
         return changed
 
-    def _bury_annotations(
-        self, session: Session, project: Project, ids: Iterable[int]
-    ) -> int:
+    def _bury_annotations(self, session: Session, project: Project, ids: Iterable[int]) -> int:
         rows = [
             {
                 "project_id": project.id,
@@ -318,31 +314,53 @@ class Ingest:
 
 def annotated_tasks(session: Session, project_id: int) -> int:
     """How many tasks of a project have an annotation to learn from."""
-    return session.scalar(
-        select(func.count(Annotation.task_id.distinct()))
-        .join(
-            Task,
-            (Task.project_id == Annotation.project_id)
-            & (Task.label_studio_id == Annotation.task_id),
+    return (
+        session.scalar(
+            select(func.count(Annotation.task_id.distinct()))
+            .join(
+                Task,
+                (Task.project_id == Annotation.project_id)
+                & (Task.label_studio_id == Annotation.task_id),
+            )
+            .where(
+                Annotation.project_id == project_id,
+                Annotation.deleted_at.is_(None),
+                Annotation.was_cancelled.is_(False),
+                Task.deleted_at.is_(None),
+            )
         )
-        .where(
-            Annotation.project_id == project_id,
-            Annotation.deleted_at.is_(None),
-            Annotation.was_cancelled.is_(False),
-            Task.deleted_at.is_(None),
+        or 0
+    )
+
+
+def live_annotations(session: Session, project_id: int) -> int:
+    """How many annotations a project has, skipped and deleted ones left out."""
+    return (
+        session.scalar(
+            select(func.count())
+            .select_from(Annotation)
+            .where(
+                Annotation.project_id == project_id,
+                Annotation.deleted_at.is_(None),
+                Annotation.was_cancelled.is_(False),
+            )
         )
-    ) or 0
+        or 0
+    )
 
 
 def changes_since(session: Session, project_id: int, revision: int) -> int:
     """How many annotations were created, changed or deleted after a revision."""
-    return session.scalar(
-        select(func.count())
-        .select_from(Annotation)
-        .where(
-            Annotation.project_id == project_id,
-            Annotation.revision > revision,
-            Annotation.was_cancelled.is_(False),
-            Annotation.task_id.is_not(None),
+    return (
+        session.scalar(
+            select(func.count())
+            .select_from(Annotation)
+            .where(
+                Annotation.project_id == project_id,
+                Annotation.revision > revision,
+                Annotation.was_cancelled.is_(False),
+                Annotation.task_id.is_not(None),
+            )
         )
-    ) or 0
+        or 0
+    )

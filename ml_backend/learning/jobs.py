@@ -229,8 +229,10 @@ def _follow(job: Job, decision: Decision) -> None:
             job.finished_at = now()
         case "pause":
             job.state = "waiting"
-            job.payload = {**job.payload, "enough_since": job.payload.get("enough_since")
-                           or now().isoformat()}
+            job.payload = {
+                **job.payload,
+                "enough_since": job.payload.get("enough_since") or now().isoformat(),
+            }
         case "wait":
             job.state = "waiting"
             job.payload = {k: v for k, v in job.payload.items() if k != "enough_since"}

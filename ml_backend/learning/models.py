@@ -1,4 +1,4 @@
-"""The detectors that are loaded: on demand, for as long as memory lasts, swapped without a pause."""
+"""The loaded detectors: on demand, while memory lasts, swapped without a pause."""
 
 from __future__ import annotations
 

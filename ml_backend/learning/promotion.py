@@ -54,8 +54,9 @@ def judge(
                 False, f"not promoted: AP50 {score:.2f} is below {FINDS_SOMETHING}; annotate more"
             )
         return Verdict(True, f"promoted: the first version that finds something, AP50 {score:.2f}")
-    interval = f"{comparison.delta:+.3f} (90 % interval {comparison.low:+.3f} to " \
-        f"{comparison.high:+.3f})"
+    interval = (
+        f"{comparison.delta:+.3f} (90 % interval {comparison.low:+.3f} to {comparison.high:+.3f})"
+    )
     if comparison.delta < -TIE:
         return Verdict(False, f"not promoted: worse than {live} by AP50 {interval}")
     for label, change in comparison.per_class.items():
@@ -130,9 +131,7 @@ class Versions:
             project = session.get_one(Project, project_id, with_for_update=True)
             target = to or self._previous(session, project)
             if target is None:
-                raise VersionMissing(
-                    f"project {project.key} has no earlier version to go back to"
-                )
+                raise VersionMissing(f"project {project.key} has no earlier version to go back to")
             self._check(session, project, target)
             left = project.live_version
             if target == left:

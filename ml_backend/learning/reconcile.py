@@ -10,7 +10,7 @@ from sqlalchemy import update
 
 from ml_backend.label_studio.client import LabelStudioClient
 from ml_backend.label_studio.events import read_annotation, read_task
-from ml_backend.learning.ingest import Ingest
+from ml_backend.learning.ingest import Ingest, live_annotations
 from ml_backend.store.database import Database
 from ml_backend.store.tables import Project, now
 
@@ -40,8 +40,8 @@ def reconcile(
 ) -> Reconciled:
     """Brings the store to what Label Studio holds of a project.
 
-    Only tasks that changed since the last time are read, a page at a time; of the others only
-    the ids, to learn which are gone.
+    Only tasks that changed since the last time are read, a page at a time; ids of the others only
+    where the number of annotations says that some are gone.
 
     Raises:
         LabelStudioError: it could not be read; what was read by then is kept.
@@ -62,9 +62,14 @@ def reconcile(
             asked_at=asked_at,
         )
         tasks += len(page)
-    removed = ingest.keep_only_tasks(
-        project.id, set(client.task_ids(project.label_studio_id)), asked_at=asked_at
-    )
+    removed = 0
+    # Deletions leave no trace to be read: only where the numbers differ are all ids read.
+    with database.reading() as session:
+        known = live_annotations(session, project.id)
+    if client.annotation_count(project.label_studio_id) != known:
+        removed = ingest.keep_only_tasks(
+            project.id, set(client.task_ids(project.label_studio_id)), asked_at=asked_at
+        )
     with database.session() as session:
         session.execute(
             update(Project)

@@ -53,9 +53,7 @@ class Predicted:
 class Serving:
     """Predicts for the tasks of any project."""
 
-    def __init__(
-        self, settings: Settings, models: Models, label_studios: LabelStudios
-    ) -> None:
+    def __init__(self, settings: Settings, models: Models, label_studios: LabelStudios) -> None:
         self._settings = settings
         self._models = models
         self._label_studios = label_studios

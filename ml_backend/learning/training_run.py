@@ -320,9 +320,7 @@ class TrainingRun:
     ) -> Comparison | None:
         if live is None or project.live_version is None:
             return None
-        known = load_out_of_fold(
-            self._registry.folder(project.key, project.live_version), labels
-        )
+        known = load_out_of_fold(self._registry.folder(project.key, project.live_version), labels)
         unseen = [s for s in measured.measured if s.key not in known]
         for key, found in self._predict(live, unseen).items():
             known[key] = relabel(found, live.labels, labels)
@@ -402,6 +400,3 @@ def _check(dataset: Dataset) -> None:
         raise TrainingRefused(
             "refused because no annotation holds a box of the label config's labels"
         )
-
-
-

@@ -1,8 +1,8 @@
 """The model registry: one folder a version below `MODEL_DIR`, written whole or not at all.
 
-    MODEL_DIR/projects/<project key>/<version>/
-        model.safetensors, detector.json    the detector
-        card.json                           what it is, how good, and how it came to be
+MODEL_DIR/projects/<project key>/<version>/
+    model.safetensors, detector.json    the detector
+    card.json                           what it is, how good, and how it came to be
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from sqlalchemy import JSON, BigInteger, DateTime, ForeignKey, Index, String, Text, UniqueConstraint
 from sqlalchemy.engine import Dialect
@@ -38,7 +38,7 @@ class UTCDateTime(TypeDecorator[datetime]):
 class Base(DeclarativeBase):
     """Declares the types that columns share."""
 
-    type_annotation_map = {
+    type_annotation_map: ClassVar = {
         datetime: UTCDateTime(),
         dict[str, Any]: JSON(),
         list[Any]: JSON(),
@@ -164,7 +164,7 @@ class ModelVersion(Base):
     project_id: Mapped[int] = mapped_column(ForeignKey("projects.id", ondelete="CASCADE"))
     name: Mapped[str] = mapped_column(String(128))
     state: Mapped[str] = mapped_column(String(16))
-    """`live`, `retired` (was live), `rejected` (worse), `rolled back`, or `pruned` (no artefact)."""
+    """`live`, `retired` (was live), `rejected` (worse), `rolled back`, or `pruned`."""
     reason: Mapped[str] = mapped_column(Text, default="")
     card: Mapped[dict[str, Any]]
     parent: Mapped[str | None] = mapped_column(String(128))

@@ -6,9 +6,7 @@ from ml_backend.store.tables import Base
 
 engine = context.config.attributes["engine"]
 with engine.connect() as connection:
-    context.configure(
-        connection=connection, target_metadata=Base.metadata, render_as_batch=True
-    )
+    context.configure(connection=connection, target_metadata=Base.metadata, render_as_batch=True)
     with context.begin_transaction():
         if not context.is_offline_mode() and connection.dialect.name == "postgresql":
             # Several processes may start together; the second waits and finds nothing to do.

@@ -1,0 +1,136 @@
+"""Augmentation: what a detector sees of an image differs from step to step.
+
+Scale jitter with random placement (Ghiasi et al., 2021), horizontal flips, photometric distortion
+(Liu et al., 2016), and mosaics of four images (Bochkovskiy et al., 2020).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F  # noqa: N812
+
+VISIBLE = 0.3
+"""A box stays if at least this share of it is in the picture."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """An image and its boxes, ready for a step.
+
+    Attributes:
+        image: uint8 `[3, H, W]`.
+        boxes: float32 `[N, 4]`, `x1, y1, x2, y2` in its pixels.
+        labels: int64 `[N]`.
+    """
+
+    image: Tensor
+    boxes: Tensor
+    labels: Tensor
+
+
+class Augmentation:
+    """Makes training examples on a canvas of fixed size.
+
+    Args:
+        height: of the canvas, in pixels.
+        width: of the canvas, in pixels.
+        scale: smallest and largest zoom, relative to the whole image filling the canvas.
+        mosaic: share of examples that are put together from four images.
+    """
+
+    def __init__(
+        self,
+        height: int,
+        width: int,
+        *,
+        scale: tuple[float, float] = (0.6, 1.5),
+        mosaic: float = 0.3,
+    ) -> None:
+        self._height = height
+        self._width = width
+        self._scale = scale
+        self._mosaic = mosaic
+
+    def __call__(
+        self, example: Example, another: Callable[[], Example], random: torch.Generator
+    ) -> Example:
+        """Augments one example; `another` gives more images for a mosaic."""
+        if _uniform(random, 0, 1) < self._mosaic:
+            result = self._four([example, another(), another(), another()], random)
+        else:
+            result = self._place(example, self._height, self._width, random)
+        return Example(_distort(result.image, random), result.boxes, result.labels)
+
+    def _four(self, examples: list[Example], random: torch.Generator) -> Example:
+        middle_y = int(self._height * _uniform(random, 0.35, 0.65))
+        middle_x = int(self._width * _uniform(random, 0.35, 0.65))
+        canvas = torch.full((3, self._height, self._width), 114, dtype=torch.uint8)
+        boxes: list[Tensor] = []
+        labels: list[Tensor] = []
+        for i, example in enumerate(examples):
+            top, bottom = ((0, middle_y), (middle_y, self._height))[i // 2]
+            left, right = ((0, middle_x), (middle_x, self._width))[i % 2]
+            part = self._place(example, bottom - top, right - left, random)
+            canvas[:, top:bottom, left:right] = part.image
+            boxes.append(part.boxes + torch.tensor([left, top, left, top]))
+            labels.append(part.labels)
+        return Example(canvas, torch.cat(boxes), torch.cat(labels))
+
+    def _place(self, example: Example, height: int, width: int, random: torch.Generator) -> Example:
+        """Zooms, flips, and puts the image at a random place of a canvas."""
+        old_height, old_width = example.image.shape[-2:]
+        fit = min(self._height / old_height, self._width / old_width)
+        zoom = fit * _uniform(random, *self._scale)
+        new_height = max(1, round(old_height * zoom))
+        new_width = max(1, round(old_width * zoom))
+        image = F.resize(example.image, [new_height, new_width], antialias=True)
+        boxes = example.boxes * torch.tensor([new_width / old_width, new_height / old_height] * 2)
+        if _uniform(random, 0, 1) < 0.5:
+            image = image.flip(-1)
+            boxes = torch.stack(
+                [new_width - boxes[:, 2], boxes[:, 1], new_width - boxes[:, 0], boxes[:, 3]], 1
+            )
+        y = round(_uniform(random, min(0, height - new_height), max(0, height - new_height)))
+        x = round(_uniform(random, min(0, width - new_width), max(0, width - new_width)))
+        canvas = torch.full((3, height, width), 114, dtype=torch.uint8)
+        canvas[:, max(0, y) : y + new_height, max(0, x) : x + new_width] = image[
+            :, max(0, -y) : height - y, max(0, -x) : width - x
+        ]
+        moved = boxes + torch.tensor([x, y, x, y])
+        clipped = torch.stack(
+            [
+                moved[:, 0].clamp(0, width),
+                moved[:, 1].clamp(0, height),
+                moved[:, 2].clamp(0, width),
+                moved[:, 3].clamp(0, height),
+            ],
+            1,
+        )
+        keep = _area(clipped) >= VISIBLE * _area(moved)
+        keep &= ((clipped[:, 2:] - clipped[:, :2]) >= 2).all(1)
+        return Example(canvas, clipped[keep], example.labels[keep])
+
+
+def _distort(image: Tensor, random: torch.Generator) -> Tensor:
+    """Changes light and colour; each in half of the cases."""
+    for change, low, high in (
+        (F.adjust_brightness, 0.75, 1.25),
+        (F.adjust_contrast, 0.7, 1.3),
+        (F.adjust_saturation, 0.6, 1.4),
+        (F.adjust_hue, -0.04, 0.04),
+    ):
+        if _uniform(random, 0, 1) < 0.5:
+            image = change(image, _uniform(random, low, high))
+    return image
+
+
+def _area(boxes: Tensor) -> Tensor:
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+
+
+def _uniform(random: torch.Generator, low: float, high: float) -> float:
+    return low + (high - low) * float(torch.rand((), generator=random))

@@ -1,0 +1,197 @@
+"""A detector: a module that was built by a preset, and the names of what it finds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ml_backend.detection.types import Detections
+from ml_backend.detection.zoo import (
+    LoadedWeights,
+    Preset,
+    build,
+    coco_labels,
+    load_weights,
+    preset_named,
+    transfer,
+)
+
+_WEIGHTS = "model.safetensors"
+_CARD = "detector.json"
+
+
+class CorruptDetector(ValueError):
+    """A saved detector cannot be used; the text names the file."""
+
+
+class Detector:
+    """Finds boxes in images.
+
+    Args:
+        preset: what it was built by.
+        labels: names of what it finds.
+        module: the network, with `len(labels) + 1` outputs.
+        weights: what it began with.
+        device: where it runs.
+        thresholds: confidence from which a box is worth showing, by label.
+    """
+
+    def __init__(
+        self,
+        preset: Preset,
+        labels: Sequence[str],
+        module: nn.Module,
+        weights: LoadedWeights,
+        device: torch.device,
+        thresholds: dict[str, float] | None = None,
+    ) -> None:
+        self.preset = preset
+        self.labels = tuple(labels)
+        self.weights = weights
+        self.device = device
+        self.thresholds = thresholds if thresholds is not None else {}
+        self.module = module.to(device).eval()
+        if device.type == "cuda":
+            self.module = self.module.to(memory_format=torch.channels_last)
+
+    @classmethod
+    def pretrained(
+        cls, preset: Preset, labels: Sequence[str], weights: str, device: torch.device
+    ) -> Detector:
+        """A detector that has learned nothing of its labels yet.
+
+        COCO's labels of the same name start from what COCO's weights know of them.
+
+        Args:
+            preset: what to build.
+            labels: names of what it is to find.
+            weights: `auto`, `none` or a file; see `zoo.load_weights`.
+            device: where it runs.
+
+        Raises:
+            ValueError: the file of weights does not fit.
+        """
+        outputs = len(labels) + 1
+        known = coco_labels(preset)
+        if weights == "auto" and known is not None:
+            donor = build(preset, len(known) + 1)
+            loaded = load_weights(donor, preset, weights, len(known) + 1)
+            if loaded.kind == "coco":
+                module = build(preset, outputs)
+                state = transfer(donor.state_dict(), module.state_dict(), known, tuple(labels))
+                module.load_state_dict(state)
+                return cls(preset, labels, module, loaded, device)
+            return cls(preset, labels, build(preset, outputs), loaded, device)
+        module = build(preset, outputs)
+        loaded = load_weights(module, preset, weights, outputs)
+        return cls(preset, labels, module, loaded, device)
+
+    @classmethod
+    def coco(cls, preset: Preset, device: torch.device) -> Detector | None:
+        """COCO's detector with COCO's names, where its weights can be had; None otherwise."""
+        known = coco_labels(preset)
+        if known is None:
+            return None
+        module = build(preset, len(known) + 1)
+        loaded = load_weights(module, preset, "auto", len(known) + 1)
+        return cls(preset, known, module, loaded, device) if loaded.kind == "coco" else None
+
+    def with_labels(self, labels: Sequence[str]) -> Detector:
+        """The same detector for other labels: those in both are kept, new ones know nothing."""
+        module = build(self.preset, len(labels) + 1)
+        state = transfer(
+            self.module.state_dict(),
+            module.to(self.device).state_dict(),
+            self.labels,
+            tuple(labels),
+        )
+        module.load_state_dict(state)
+        thresholds = {k: v for k, v in self.thresholds.items() if k in labels}
+        return Detector(self.preset, labels, module, self.weights, self.device, thresholds)
+
+    @torch.inference_mode()
+    def predict(
+        self, images: Sequence[Image.Image | np.ndarray[Any, Any]], *, floor: float = 0.05
+    ) -> list[Detections]:
+        """Finds boxes in a batch of images, in one forward pass.
+
+        Args:
+            images: RGB, uint8, any sizes: Pillow images or `[H, W, 3]` arrays.
+            floor: boxes below this confidence are left out.
+
+        Returns:
+            For each image its detections, most confident first, in its own pixels.
+        """
+        if not images:
+            return []
+        tensors = [self._to_tensor(image) for image in images]
+        with torch.autocast(
+            self.device.type, dtype=torch.float16, enabled=self.device.type == "cuda"
+        ):
+            outputs = self.module(tensors)
+        return [_detections(output, floor) for output in outputs]
+
+    def save(self, folder: Path) -> None:
+        """Writes `model.safetensors` and `detector.json` into a folder."""
+        state = {k: v.detach().cpu().contiguous() for k, v in self.module.state_dict().items()}
+        save_file(state, folder / _WEIGHTS)
+        card = {
+            "preset": self.preset.name,
+            "labels": list(self.labels),
+            "weights": dataclasses.asdict(self.weights),
+            "thresholds": self.thresholds,
+        }
+        (folder / _CARD).write_text(json.dumps(card, indent=1), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device) -> Detector:
+        """Reads a detector that `save` wrote.
+
+        Raises:
+            CorruptDetector: a file is missing, damaged, or of another preset than it says.
+        """
+        try:
+            card = json.loads((folder / _CARD).read_text(encoding="utf-8"))
+            preset = preset_named(card["preset"], device)
+            labels = tuple(card["labels"])
+            module = build(preset, len(labels) + 1)
+            module.load_state_dict(load_file(folder / _WEIGHTS))
+            return cls(
+                preset,
+                labels,
+                module,
+                LoadedWeights(**card["weights"]),
+                device,
+                {str(k): float(v) for k, v in card["thresholds"].items()},
+            )
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            raise CorruptDetector(f"{folder} holds no usable detector: {error}") from error
+
+    def _to_tensor(self, image: Image.Image | np.ndarray[Any, Any]) -> torch.Tensor:
+        pixels = torch.from_numpy(np.array(image, np.uint8)).permute(2, 0, 1)
+        return pixels.to(self.device, non_blocking=True).float().div_(255)
+
+
+def _detections(output: dict[str, torch.Tensor], floor: float) -> Detections:
+    labels = output["labels"].cpu().numpy() - 1
+    scores = output["scores"].float().cpu().numpy()
+    boxes = output["boxes"].float().cpu().numpy()
+    # Output 0 is nobody's label; a box without an area shows nothing.
+    area = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    keep = (labels >= 0) & (scores >= floor) & area
+    order = np.argsort(-scores[keep], kind="stable")
+    return Detections(
+        boxes[keep][order].astype(np.float32),
+        scores[keep][order].astype(np.float32),
+        labels[keep][order].astype(np.int64),
+    )

@@ -1,0 +1,385 @@
+"""Label Studio's API, as much of it as the loop needs.
+
+The SDK exchanges tokens; the requests are made here, because its typed answers cost time on
+large pages and leave out fields.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import requests
+from label_studio_sdk import LabelStudio
+from label_studio_sdk.core.api_error import ApiError
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
+
+from ml_backend.label_studio.events import InvalidEvent, ProjectInfo, read_project
+
+_TIMEOUT = (3.05, 60)
+_PAGE = 500
+
+
+class LabelStudioError(RuntimeError):
+    """Label Studio could not do what was asked; the text says why, and what helps."""
+
+
+class Unreachable(LabelStudioError):
+    """Nothing answers at its address, or not in time."""
+
+
+class Unauthorized(LabelStudioError):
+    """It does not take the token."""
+
+
+class Forbidden(LabelStudioError):
+    """It refuses."""
+
+
+class NotFound(LabelStudioError):
+    """It has no such thing, or the token's user may not see it."""
+
+
+class Rejected(LabelStudioError):
+    """It finds something wrong with what was sent."""
+
+
+class BadAnswer(LabelStudioError):
+    """What it answers is not what Label Studio answers."""
+
+
+class LabelStudioClient:
+    """One Label Studio, seen by one user. Safe to use from several threads.
+
+    Args:
+        url: its address, with its sub-path where it has one.
+        token: a legacy token, or a personal access token.
+    """
+
+    def __init__(self, url: str, token: str) -> None:
+        self.url = url.rstrip("/")
+        self.token = token
+        self._sdk: LabelStudio | None = None
+        self._lock = threading.Lock()
+        self._local = threading.local()
+
+    @property
+    def _session(self) -> requests.Session:
+        # requests does not promise that a session may be shared by threads.
+        if not hasattr(self._local, "session"):
+            session = requests.Session()
+            retry = Retry(
+                total=2,
+                backoff_factor=0.5,
+                status_forcelist=(502, 503, 504),
+                allowed_methods=("GET",),
+                raise_on_status=False,
+            )
+            for scheme in ("http://", "https://"):
+                session.mount(scheme, HTTPAdapter(max_retries=retry))
+            self._local.session = session
+        session = self._local.session
+        assert isinstance(session, requests.Session)
+        return session
+
+    def auth_headers(self) -> dict[str, str]:
+        """The `Authorization` header: `Token …`, or a fresh `Bearer …` for a personal token.
+
+        Raises:
+            LabelStudioError: the token has expired, or cannot be exchanged.
+        """
+        try:
+            with self._lock:
+                if self._sdk is None:
+                    self._sdk = LabelStudio(  # type: ignore[no-untyped-call]
+                        base_url=self.url, api_key=self.token, timeout=30
+                    )
+                sdk = self._sdk
+            headers = sdk._client_wrapper.get_headers()
+        except ApiError as error:
+            raise Unauthorized(
+                f"{self.url} does not take LABEL_STUDIO_API_KEY ({_detail(error.body)}): get a "
+                "new token under Account & Settings"
+            ) from error
+        except Exception as error:
+            # The SDK lets errors of its HTTP library through.
+            raise Unreachable(f"{self.url} cannot exchange the token: {error}") from error
+        return {"Authorization": headers["Authorization"]}
+
+    def refresh_auth(self) -> None:
+        """Forgets the exchanged token, so that the next request gets a fresh one."""
+        with self._lock:
+            self._sdk = None
+
+    def version(self) -> str:
+        """Label Studio's version; needs no token."""
+        answer = self._request("GET", "/api/version", authorize=False)
+        return str(answer.get("release") or answer.get("label-studio-os-package", {}))
+
+    def whoami(self) -> dict[str, Any]:
+        """The token's user."""
+        return dict(self._request("GET", "/api/current-user/whoami"))
+
+    def project(self, number: int) -> ProjectInfo:
+        """A project."""
+        try:
+            return read_project(self._request("GET", f"/api/projects/{number}/"))
+        except InvalidEvent as error:
+            raise BadAnswer(f"{self.url}: project {number}: {error}") from error
+
+    def update_project(self, number: int, **fields: Any) -> None:
+        """Changes fields of a project."""
+        self._request("PATCH", f"/api/projects/{number}/", body=fields)
+
+    def annotated_tasks(
+        self, project: int, *, changed_since: datetime | None
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Pages of tasks with their annotations, in the order of their ids.
+
+        Args:
+            project: its id.
+            changed_since: only tasks that changed since then, annotated or not; where None, all
+                that are annotated.
+        """
+        if changed_since is None:
+            condition = _filter("total_annotations", "greater", "Number", 0)
+        else:
+            moment = changed_since.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+            condition = _filter("updated_at", "greater", "Datetime", moment)
+        yield from self._pages(project, [condition], {"fields": "all"})
+
+    def annotation_count(self, project: int) -> int:
+        """How many annotations a project has, skipped ones left out."""
+        answer = self._tasks_page(
+            project,
+            [_filter("total_annotations", "greater", "Number", 0)],
+            {"page_size": 1, "review": "true"},
+        )
+        return int(answer.get("total_annotations", 0))
+
+    def task_ids(self, project: int) -> Iterator[int]:
+        """Ids of the annotated tasks."""
+        condition = _filter("total_annotations", "greater", "Number", 0)
+        # `review` keeps Label Studio from asking us for predictions on the way.
+        for page in self._pages(project, [condition], {"review": "true"}):
+            yield from (int(task["id"]) for task in page)
+
+    def first_task(self, project: int) -> dict[str, Any] | None:
+        """Some task of a project."""
+        tasks = self._tasks_page(project, [], {"page_size": 1, "review": "true"}).get("tasks", [])
+        return tasks[0] if tasks else None
+
+    def predicted_tasks(self, project: int, version: str, tasks: Sequence[int]) -> set[int]:
+        """Those of some tasks that hold a prediction of a version."""
+        if not tasks:
+            return set()
+        answer = self._tasks_page(
+            project,
+            [],
+            {"page_size": len(tasks), "fields": "all"},
+            selected={"all": False, "included": list(tasks)},
+        )
+        return {
+            int(task["id"])
+            for task in answer.get("tasks", [])
+            if any(p.get("model_version") == version for p in task.get("predictions", []))
+        }
+
+    def import_predictions(self, project: int, predictions: Sequence[Mapping[str, Any]]) -> int:
+        """Imports predictions, 500 at a time; answers how many went in.
+
+        Label Studio rejects a whole list for one task that it no longer has: such a list is
+        halved until the others are in.
+        """
+        imported = 0
+        for start in range(0, len(predictions), _PAGE):
+            imported += self._import(project, list(predictions[start : start + _PAGE]))
+        return imported
+
+    def ml_backends(self, project: int) -> list[dict[str, Any]]:
+        """The ML backends that are connected to a project."""
+        return list(self._request("GET", "/api/ml/", params={"project": project}))
+
+    def add_ml_backend(self, **fields: Any) -> dict[str, Any]:
+        """Connects an ML backend; Label Studio asks its `/health` and `/setup` meanwhile."""
+        return dict(self._request("POST", "/api/ml/", body=fields))
+
+    def update_ml_backend(self, number: int, **fields: Any) -> dict[str, Any]:
+        """Changes a connection; Label Studio asks `/health` and `/setup` again."""
+        return dict(self._request("PATCH", f"/api/ml/{number}", body=fields))
+
+    def delete_ml_backend(self, number: int) -> None:
+        """Removes a connection; its webhook stays behind."""
+        self._request("DELETE", f"/api/ml/{number}")
+
+    def webhooks(self, project: int) -> list[dict[str, Any]]:
+        """The webhooks of a project."""
+        return list(self._request("GET", "/api/webhooks/", params={"project": project}))
+
+    def create_webhook(self, **fields: Any) -> None:
+        """Creates a webhook."""
+        self._request("POST", "/api/webhooks/", body=fields)
+
+    def update_webhook(self, number: int, **fields: Any) -> None:
+        """Changes a webhook."""
+        self._request("PATCH", f"/api/webhooks/{number}/", body=fields)
+
+    def delete_webhook(self, number: int) -> None:
+        """Deletes a webhook."""
+        self._request("DELETE", f"/api/webhooks/{number}/")
+
+    def _import(self, project: int, predictions: list[Mapping[str, Any]]) -> int:
+        if not predictions:
+            return 0
+        try:
+            self._request("POST", f"/api/projects/{project}/import/predictions", body=predictions)
+        except Rejected:
+            if len(predictions) == 1:
+                return 0
+            half = len(predictions) // 2
+            return self._import(project, predictions[:half]) + self._import(
+                project, predictions[half:]
+            )
+        return len(predictions)
+
+    def _pages(
+        self, project: int, conditions: list[dict[str, Any]], params: dict[str, Any]
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Pages by id, not by number: what is deleted meanwhile moves no task out of sight."""
+        last = 0
+        while True:
+            answer = self._tasks_page(
+                project,
+                [*conditions, _filter("id", "greater", "Number", last)],
+                {**params, "page_size": _PAGE},
+            )
+            tasks = answer.get("tasks", [])
+            if not tasks:
+                return
+            yield tasks
+            if len(tasks) < _PAGE and answer.get("total", 0) <= len(tasks):
+                return
+            last = int(tasks[-1]["id"])
+
+    def _tasks_page(
+        self,
+        project: int,
+        conditions: list[dict[str, Any]],
+        params: dict[str, Any],
+        selected: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        query: dict[str, Any] = {
+            "filters": {"conjunction": "and", "items": conditions},
+            "ordering": ["tasks:id"],
+        }
+        if selected is not None:
+            query["selectedItems"] = selected
+        answer = self._request(
+            "GET",
+            "/api/tasks",
+            params={"project": project, "page": 1, "query": json.dumps(query), **params},
+        )
+        if not isinstance(answer, dict):
+            raise BadAnswer(f"{self.url}/api/tasks answers no page of tasks")
+        return answer
+
+    def _request(
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Mapping[str, Any] | None = None,
+        body: object = None,
+        authorize: bool = True,
+    ) -> Any:
+        for attempt in (1, 2):
+            headers = self.auth_headers() if authorize else {}
+            try:
+                response = self._session.request(
+                    method,
+                    self.url + path,
+                    params=params,
+                    json=body,
+                    headers=headers,
+                    timeout=_TIMEOUT,
+                    allow_redirects=False,
+                    auth=as_it_is,
+                )
+            except requests.RequestException as error:
+                raise Unreachable(
+                    f"{self.url} does not answer ({type(error).__name__}): check that it runs and "
+                    "that LABEL_STUDIO_URL is its address as seen from here"
+                ) from error
+            if response.status_code == 401 and attempt == 1 and authorize:
+                # An exchanged token may have run out a moment ago.
+                self.refresh_auth()
+                continue
+            break
+        return self._read(response, f"{method} {path}")
+
+    def _read(self, response: requests.Response, what: str) -> Any:
+        status = response.status_code
+        if status < 300:
+            if not response.content:
+                return {}
+            try:
+                return response.json()
+            except ValueError:
+                raise BadAnswer(
+                    f"{self.url}: {what} is answered with {_kind(response)} instead of JSON: is "
+                    "LABEL_STUDIO_URL Label Studio's address, sub-path included?"
+                ) from None
+        detail = _detail(_json(response))
+        if status in (301, 302, 303, 307, 308):
+            raise BadAnswer(
+                f"{self.url}: {what} is redirected to {response.headers.get('Location', '?')}: "
+                "set LABEL_STUDIO_URL to the address that it redirects to"
+            )
+        if status == 401:
+            kind = "personal access token" if self.token.count(".") == 2 else "legacy token"
+            raise Unauthorized(
+                f"{self.url} does not take the {kind} ({detail}): new installations have legacy "
+                "tokens switched off, so use a personal access token, or get a new one under "
+                "Account & Settings"
+            )
+        if status == 403:
+            raise Forbidden(f"{self.url}: {what} is forbidden: {detail}")
+        if status == 404:
+            raise NotFound(
+                f"{self.url}: {what}: there is no such thing, or the token's user may not see it"
+            )
+        if status < 500:
+            raise Rejected(f"{self.url}: {what} is rejected: {detail}")
+        raise Unreachable(f"{self.url}: {what} failed with status {status}: {detail}")
+
+
+def as_it_is(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    """Adds no credentials: without it, requests would take some from ~/.netrc."""
+    return request
+
+
+def _filter(field: str, operator: str, kind: str, value: object) -> dict[str, Any]:
+    return {"filter": f"filter:tasks:{field}", "operator": operator, "type": kind, "value": value}
+
+
+def _json(response: requests.Response) -> object:
+    try:
+        return response.json()
+    except ValueError:
+        return _kind(response)
+
+
+def _kind(response: requests.Response) -> str:
+    return response.headers.get("Content-Type", "no content type").split(";")[0]
+
+
+def _detail(body: object) -> str:
+    """What an error's body says, in one line."""
+    if isinstance(body, dict):
+        inner = body.get("validation_errors") or body.get("detail") or body
+        return inner if isinstance(inner, str) else json.dumps(inner)[:500]
+    return str(body)[:500]

@@ -1,0 +1,274 @@
+"""Webhooks, read into what they mean for a detector. Bodies as Label Studio 1.23 sends them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+
+class InvalidEvent(ValueError):
+    """A webhook's body is not what Label Studio sends; the text names the field."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectKey:
+    """What identifies a project: its id and when it was created.
+
+    Attributes:
+        key: `"{id}.{creation as unix seconds}"`, as `/setup` and `/predict` carry it.
+        id: Label Studio's id.
+    """
+
+    key: str
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectInfo:
+    """A project, as webhooks and the API show it."""
+
+    key: str
+    id: int
+    title: str
+    label_config: str
+    model_version: str | None
+    sampling: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskInfo:
+    """A task."""
+
+    id: int
+    data: dict[str, Any]
+    updated_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class AnnotationInfo:
+    """An annotation; `lead_time` is the seconds that the person took."""
+
+    id: int
+    task_id: int
+    result: list[Any]
+    was_cancelled: bool
+    ground_truth: bool
+    lead_time: float | None
+    parent_prediction: int | None
+    completed_by: int | None
+    created_at: datetime
+    updated_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class AnnotationsChanged:
+    """Annotations were created or changed."""
+
+    project: ProjectInfo
+    annotations: tuple[AnnotationInfo, ...]
+    tasks: tuple[TaskInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AnnotationsDeleted:
+    """Annotations were deleted."""
+
+    project: ProjectInfo
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TasksChanged:
+    """Tasks were created."""
+
+    project: ProjectInfo
+    tasks: tuple[TaskInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TasksDeleted:
+    """Tasks were deleted, and their annotations with them."""
+
+    project: ProjectInfo
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectChanged:
+    """The project was changed: its label config, among others."""
+
+    project: ProjectInfo
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRequested:
+    """Somebody pressed Start Training."""
+
+    project: ProjectInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Ignored:
+    """An action that does not concern a detector."""
+
+    action: str
+
+
+Event = (
+    AnnotationsChanged
+    | AnnotationsDeleted
+    | TasksChanged
+    | TasksDeleted
+    | ProjectChanged
+    | TrainingRequested
+)
+
+
+def parse_project_key(text: str) -> ProjectKey:
+    """Reads `"{id}.{creation as unix seconds}"`, or an id alone.
+
+    Raises:
+        InvalidEvent: it is neither.
+    """
+    found = re.fullmatch(r"(\d{1,18})(\.\d{1,18})?", text)
+    if found is None:
+        raise InvalidEvent(
+            f"project: {text[:40]!r} must be Label Studio's id and creation time, 1.1795463889"
+        )
+    return ProjectKey(text, int(found[1]))
+
+
+def parse_event(body: dict[str, Any]) -> Event | Ignored:
+    """Reads a webhook's body.
+
+    Raises:
+        InvalidEvent: a field is missing or wrong.
+    """
+    action = body.get("action")
+    if not isinstance(action, str):
+        raise InvalidEvent("action: missing")
+    match action:
+        case "ANNOTATION_CREATED" | "ANNOTATION_UPDATED" | "ANNOTATIONS_CREATED":
+            return AnnotationsChanged(
+                _project(body),
+                tuple(read_annotation(a) for a in _many(body, "annotation")),
+                tuple(read_task(t) for t in _many(body, "task")),
+            )
+        case "ANNOTATIONS_DELETED" | "ANNOTATION_DELETED":
+            key = "annotations" if "annotations" in body else "annotation"
+            return AnnotationsDeleted(_project(body), _ids(body, key))
+        case "TASKS_CREATED":
+            return TasksChanged(_project(body), tuple(map(read_task, _many(body, "tasks"))))
+        case "TASKS_DELETED":
+            return TasksDeleted(_project(body), _ids(body, "tasks"))
+        case "PROJECT_UPDATED" | "PROJECT_CREATED":
+            return ProjectChanged(_project(body))
+        case "START_TRAINING":
+            return TrainingRequested(_project(body))
+        case _:
+            return Ignored(action)
+
+
+def read_project(content: object) -> ProjectInfo:
+    """A project, from a webhook or the API.
+
+    Raises:
+        InvalidEvent: a field is missing or wrong.
+    """
+    fields = _fields(content, "project")
+    number = _int(fields, "id", "project")
+    created = _moment(fields, "created_at", "project")
+    return ProjectInfo(
+        key=f"{number}.{int(created.timestamp())}",
+        id=number,
+        title=str(fields.get("title") or ""),
+        label_config=str(fields.get("label_config") or ""),
+        model_version=fields.get("model_version"),
+        sampling=fields.get("sampling"),
+    )
+
+
+def read_task(content: object) -> TaskInfo:
+    """A task, from a webhook or the API.
+
+    Raises:
+        InvalidEvent: a field is missing or wrong.
+    """
+    fields = _fields(content, "task")
+    data = fields.get("data")
+    if not isinstance(data, dict):
+        raise InvalidEvent("task.data: must be an object")
+    return TaskInfo(_int(fields, "id", "task"), data, _moment(fields, "updated_at", "task"))
+
+
+def read_annotation(content: object) -> AnnotationInfo:
+    """An annotation, from a webhook or the API.
+
+    Raises:
+        InvalidEvent: a field is missing or wrong.
+    """
+    fields = _fields(content, "annotation")
+    result = fields.get("result")
+    if not isinstance(result, list):
+        raise InvalidEvent("annotation.result: must be a list")
+    lead_time = fields.get("lead_time")
+    return AnnotationInfo(
+        id=_int(fields, "id", "annotation"),
+        task_id=_int(fields, "task", "annotation"),
+        result=result,
+        was_cancelled=bool(fields.get("was_cancelled")),
+        ground_truth=bool(fields.get("ground_truth")),
+        lead_time=float(lead_time) if isinstance(lead_time, int | float) else None,
+        parent_prediction=_optional_id(fields.get("parent_prediction")),
+        completed_by=_optional_id(fields.get("completed_by")),
+        created_at=_moment(fields, "created_at", "annotation"),
+        updated_at=_moment(fields, "updated_at", "annotation"),
+    )
+
+
+def _project(body: dict[str, Any]) -> ProjectInfo:
+    return read_project(body.get("project"))
+
+
+def _many(body: dict[str, Any], key: str) -> list[Any]:
+    """Label Studio sends one object, or a list of them, under the same name."""
+    value = body.get(key)
+    if isinstance(value, dict):
+        return [value]
+    if not isinstance(value, list):
+        raise InvalidEvent(f"{key}: must be an object or a list")
+    return value
+
+
+def _ids(body: dict[str, Any], key: str) -> tuple[int, ...]:
+    return tuple(_int(_fields(item, key), "id", key) for item in _many(body, key))
+
+
+def _fields(content: object, what: str) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise InvalidEvent(f"{what}: must be an object")
+    return content
+
+
+def _int(fields: dict[str, Any], key: str, what: str) -> int:
+    value = fields.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+        raise InvalidEvent(f"{what}.{key}: must be an id")
+    return value
+
+
+def _optional_id(value: object) -> int | None:
+    if isinstance(value, dict):
+        value = value.get("id")
+    return value if isinstance(value, int) and 0 <= value < 2**63 else None
+
+
+def _moment(fields: dict[str, Any], key: str, what: str) -> datetime:
+    value = fields.get(key)
+    try:
+        moment = datetime.fromisoformat(str(value))
+    except ValueError:
+        raise InvalidEvent(f"{what}.{key}: must be a time, 2026-01-31T12:00:00Z") from None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)

@@ -1,0 +1,304 @@
+"""Getting at a task's image, wherever Label Studio keeps it.
+
+Label Studio's token goes to Label Studio's own address alone: redirects are followed by hand, and
+the token stays behind where one leads elsewhere.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import unquote_to_bytes, urljoin, urlsplit
+
+import requests
+
+from ml_backend.label_studio.client import LabelStudioClient, LabelStudioError, as_it_is
+
+_log = logging.getLogger(__name__)
+
+REDIRECTS = 5
+_CHUNK = 64 * 1024
+_CLOUD = ("s3://", "gs://", "azure-blob://")
+_SWEEP_EVERY = 200
+
+
+class ImageUnavailable(RuntimeError):
+    """An image cannot be had; the text says why, and what helps."""
+
+
+def route_of(value: str) -> str:
+    """How an image is read, in words."""
+    if value.startswith("data:"):
+        return "inline"
+    if value.startswith(_CLOUD):
+        return "from cloud storage, by way of Label Studio"
+    if value.startswith(("http://", "https://")):
+        return "from its own address"
+    if "/data/local-files/" in value:
+        return "from local files, by way of Label Studio"
+    return "an upload, from Label Studio"
+
+
+class DiskCache:
+    """Images on disk, up to a size; those read longest ago go first.
+
+    Several processes may share the folder. A full disk only means that nothing is cached.
+
+    Args:
+        folder: where they lie.
+        max_bytes: size of all; 0 turns the cache off.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self._folder = folder
+        self._max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._puts = 0
+
+    def get(self, key: str) -> bytes | None:
+        """What was put there under a key, if it still is."""
+        if not self._max_bytes:
+            return None
+        path = self._path(key)
+        try:
+            content = path.read_bytes()
+        except OSError:
+            return None
+        with suppress(OSError):
+            # The time of the last use decides what goes first.
+            os.utime(path)
+        return content
+
+    def put(self, key: str, content: bytes) -> None:
+        """Keeps content under a key: whole or not at all."""
+        if len(content) > self._max_bytes:
+            return
+        path = self._path(key)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(
+                dir=path.parent, prefix=".writing-", delete=False
+            ) as file:
+                file.write(content)
+            Path(file.name).replace(path)
+        except OSError as error:
+            _log.warning("an image is not cached: %s", error)
+            with suppress(OSError, UnboundLocalError):
+                Path(file.name).unlink()
+            return
+        with self._lock:
+            self._puts += 1
+            due = self._puts % _SWEEP_EVERY == 1
+        if due:
+            self._sweep()
+
+    def _path(self, key: str) -> Path:
+        name = hashlib.sha256(key.encode()).hexdigest()
+        return self._folder / name[:2] / name
+
+    def _sweep(self) -> None:
+        files: list[tuple[float, int, Path]] = []
+        for path in self._folder.glob("*/*"):
+            # Another process may have deleted it just now.
+            with suppress(OSError):
+                stat = path.stat()
+                files.append((stat.st_mtime, stat.st_size, path))
+        total = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if total <= self._max_bytes:
+                return
+            with suppress(OSError):
+                path.unlink()
+            total -= size
+
+
+class ImageSource:
+    """Reads the images of one Label Studio's tasks.
+
+    Args:
+        base_url: Label Studio's address, with its sub-path; None where it is not known.
+        client: authorises requests to it; None where no token is known.
+        cache: keeps what was read.
+        max_bytes: larger images are refused.
+        timeout: seconds that one image may take in all.
+    """
+
+    def __init__(
+        self,
+        base_url: str | None,
+        client: LabelStudioClient | None,
+        cache: DiskCache,
+        *,
+        max_bytes: int,
+        timeout: float,
+    ) -> None:
+        self._base_url = base_url.rstrip("/") if base_url else None
+        self._client = client
+        self._cache = cache
+        self._max_bytes = max_bytes
+        self._timeout = timeout
+        self._local = threading.local()
+
+    def fetch(self, task_id: int | None, value: str) -> bytes:
+        """Reads one image.
+
+        Args:
+            task_id: Label Studio's id of the task; images in cloud storage need it.
+            value: what stands in the task's data.
+
+        Raises:
+            ImageUnavailable: it cannot be had.
+        """
+        if value.startswith("data:"):
+            return _inline(value, self._max_bytes)
+        key = f"{self._base_url} {value}"
+        content = self._cache.get(key)
+        if content is None:
+            content = self._download(self._address(task_id, value))
+            self._cache.put(key, content)
+        return content
+
+    def _address(self, task_id: int | None, value: str) -> str:
+        if value.startswith(("http://", "https://")):
+            return value
+        if self._base_url is None:
+            raise ImageUnavailable(
+                f"{value[:100]} lies in Label Studio, whose address is not known: set "
+                "LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY"
+            )
+        if value.startswith(_CLOUD):
+            if task_id is None:
+                raise ImageUnavailable(f"{value[:100]} can only be read for a task with an id")
+            encoded = base64.urlsafe_b64encode(value.encode()).decode()
+            return f"{self._base_url}/tasks/{task_id}/resolve/?fileuri={encoded}"
+        if not value.startswith("/"):
+            raise ImageUnavailable(
+                f"{value[:100]!r} is no address of an image: it must begin with http://, "
+                "https://, /data/, s3://, gs://, azure-blob:// or data:"
+            )
+        path = urlsplit(self._base_url).path
+        # Under a sub-path Label Studio may or may not have put it there already.
+        if path and value.startswith(f"{path}/"):
+            value = value.removeprefix(path)
+        return self._base_url + value
+
+    def _download(self, url: str) -> bytes:
+        deadline = time.monotonic() + self._timeout
+        address, refreshed = url, False
+        for _ in range(REDIRECTS + 2):
+            try:
+                with self._get(address, deadline) as response:
+                    if response.is_redirect:
+                        address = urljoin(address, response.headers["Location"])
+                        if not address.startswith(("http://", "https://")):
+                            raise ImageUnavailable(f"{url} is redirected to {address[:100]}")
+                        continue
+                    if response.status_code == 401 and self._is_own(address) and not refreshed:
+                        refreshed = True
+                        if self._client is not None:
+                            self._client.refresh_auth()
+                            continue
+                    if response.status_code >= 400:
+                        raise ImageUnavailable(self._refused(address, response.status_code))
+                    return self._read(address, response, deadline)
+            except requests.RequestException as error:
+                raise ImageUnavailable(
+                    f"{address} cannot be read ({type(error).__name__}): it must be reachable "
+                    "from this machine"
+                ) from error
+        raise ImageUnavailable(f"{url} is redirected more than {REDIRECTS} times")
+
+    def _get(self, address: str, deadline: float) -> requests.Response:
+        headers = {}
+        if self._client is not None and self._is_own(address):
+            try:
+                headers = self._client.auth_headers()
+            except LabelStudioError as error:
+                raise ImageUnavailable(str(error)) from error
+        left = max(0.1, deadline - time.monotonic())
+        return self._session.get(
+            address,
+            headers=headers,
+            stream=True,
+            allow_redirects=False,
+            timeout=(min(3.05, left), left),
+            auth=as_it_is,
+        )
+
+    def _read(self, address: str, response: requests.Response, deadline: float) -> bytes:
+        parts: list[bytes] = []
+        size = 0
+        for part in self._parts(response):
+            size += len(part)
+            if size > self._max_bytes:
+                raise ImageUnavailable(
+                    f"{address} is larger than {self._max_bytes:,} bytes: raise "
+                    "ML_BACKEND_IMAGE_MAX_BYTES, or use smaller images"
+                )
+            if time.monotonic() > deadline:
+                raise ImageUnavailable(
+                    f"{address} took longer than {self._timeout:g} s: raise "
+                    "ML_BACKEND_IMAGE_TIMEOUT, or look why it is slow"
+                )
+            parts.append(part)
+        return b"".join(parts)
+
+    @staticmethod
+    def _parts(response: requests.Response) -> Iterable[bytes]:
+        # What has arrived, not a whole chunk: a slow drip must not outlast the deadline.
+        while part := response.raw.read1(_CHUNK, decode_content=True):
+            yield part
+
+    @property
+    def _session(self) -> requests.Session:
+        if not hasattr(self._local, "session"):
+            self._local.session = requests.Session()
+        session = self._local.session
+        assert isinstance(session, requests.Session)
+        return session
+
+    def _is_own(self, address: str) -> bool:
+        return self._base_url is not None and _origin(address) == _origin(self._base_url)
+
+    def _refused(self, address: str, status: int) -> str:
+        what = f"{address} answers status {status}"
+        if not self._is_own(address):
+            return f"{what}: it must be readable without a login"
+        if self._client is None:
+            return f"{what}: set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY"
+        if "/data/local-files/" in address:
+            return (
+                f"{what}: the token's user needs a project with that local storage, and Label "
+                "Studio LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true"
+            )
+        if status in (401, 403):
+            return f"{what}: the user of LABEL_STUDIO_API_KEY may not see it"
+        return f"{what}: is the file still there?"
+
+
+def _origin(address: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(address)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme]
+
+
+def _inline(value: str, max_bytes: int) -> bytes:
+    head, comma, body = value.partition(",")
+    if not comma or not head.startswith("data:image/"):
+        raise ImageUnavailable("the data: address holds no image")
+    if len(body) > 2 * max_bytes:
+        raise ImageUnavailable(f"the data: address holds more than {max_bytes:,} bytes")
+    try:
+        if head.endswith(";base64"):
+            return base64.b64decode(body, validate=True)
+    except binascii.Error as error:
+        raise ImageUnavailable(f"the data: address is damaged: {error}") from error
+    return unquote_to_bytes(body)
