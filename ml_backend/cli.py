@@ -67,6 +67,7 @@ def serve() -> None:
     """Serve, and work: the server and a worker together, until stopped."""
     settings = _settings()
     from ml_backend.detection.device import DeviceError, describe_device, resolve_device
+    from ml_backend.learning.supervisor import die_with_parent
 
     try:
         device = resolve_device(settings.device)
@@ -89,7 +90,11 @@ def serve() -> None:
         for process in running.values():
             process.terminate()
 
-    running = {name: subprocess.Popen(command) for name, command in commands.items()}
+    def start(name: str) -> subprocess.Popen[bytes]:
+        # Killed as we may be, neither is left behind on the port or in the queue.
+        return subprocess.Popen(commands[name], preexec_fn=die_with_parent)
+
+    running = {name: start(name) for name in commands}
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, stop)
     while not stopping:
@@ -101,7 +106,7 @@ def serve() -> None:
         if (code := running["worker"].poll()) is not None:
             _err.print(f"the worker ended (status {code}); it is started again")
             time.sleep(1)
-            running["worker"] = subprocess.Popen(commands["worker"])
+            running["worker"] = start("worker")
     for process in running.values():
         with suppress(subprocess.TimeoutExpired):
             process.wait(40)

@@ -14,7 +14,7 @@ from ml_backend.learning.split import HOLDOUT_SHARE, Item, assign, fingerprint, 
 def _picture(seed: int, *, noise: float = 0.0) -> Image.Image:
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 255, (9, 12, 3), dtype=np.uint8))
-    pixels = np.asarray(coarse.resize((160, 120), Image.Resampling.BICUBIC), np.float32)
+    pixels = np.asarray(coarse.resize((160, 120), Image.Resampling.BICUBIC), float)
     pixels = pixels + np.random.default_rng(seed + 1).normal(0, noise, pixels.shape)
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 

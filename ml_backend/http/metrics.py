@@ -62,7 +62,7 @@ class _FromDatabase:
 def metrics() -> Response:
     """Counters of all worker processes, and gauges from the database."""
     shown = CollectorRegistry()
-    shown.register(_FromDatabase(backend().database))  # type: ignore[arg-type]
+    shown.register(_FromDatabase(backend().database))
     text = generate_latest(shown)
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         counters = CollectorRegistry()

@@ -139,7 +139,6 @@ def _project(client: LabelStudioClient, project: int, done: Connected) -> None:
         project,
         sampling=SAMPLING,
         show_collab_predictions=True,
-        evaluate_predictions_automatically=True,
         # Equal to the connection's title: so predictions stay live and are ordered by score.
         model_version=done.version,
     )

@@ -66,6 +66,8 @@ def assign(items: Sequence[Item]) -> None:
     order that depends on the task alone, each to the side that lacks its rarest label most
     (iterative stratification, Sechidis et al. 2011).
     """
+    if not items:
+        return
     _find_clips(items)
     members: dict[int, list[Item]] = defaultdict(list)
     for item in items:

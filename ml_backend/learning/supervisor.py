@@ -78,8 +78,13 @@ def supervise(job_id: int, jobs: Jobs, settings: Settings, stopping: threading.E
 def lower_priority() -> None:
     """Makes this process give way to every other, and die with its parent (Linux)."""
     os.nice(19)
+    die_with_parent(signal.SIGKILL)
+
+
+def die_with_parent(signum: signal.Signals = signal.SIGTERM) -> None:
+    """Makes this process get a signal when the thread that started it ends, however (Linux)."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signum)
 
 
 def _ended(code: int) -> Ended:

@@ -1,0 +1,1 @@
+"""What a newcomer tries first: Label Studio, this backend, and a project of generated images."""
