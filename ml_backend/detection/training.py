@@ -21,6 +21,7 @@ from ml_backend.detection.augment import Augmentation, Example
 from ml_backend.detection.decoding import UndecodableImage, decode_image
 from ml_backend.detection.detector import Detector
 from ml_backend.detection.evaluation import evaluate
+from ml_backend.detection.replicas import Replicas, threads_inside
 from ml_backend.detection.types import Sample
 from ml_backend.detection.zoo import Preset
 
@@ -36,6 +37,8 @@ EVALUATIONS = 10
 """Times that a training looks at its validation samples."""
 PATIENCE = 4
 """Looks without a better result after which it ends, once half of it is done."""
+STATISTICS_OF = 4
+"""Images that a batch normalisation needs to see together, where it learns its statistics."""
 CACHE_BYTES = 2 * 2**30
 """Decoded images kept in memory at most."""
 
@@ -128,14 +131,21 @@ def train(
         ValueError: the file of weights does not fit.
     """
     began = time.monotonic()
-    if threads is not None:
-        torch.set_num_threads(threads)
     torch.manual_seed(seed)
     if start is None:
         detector = Detector.pretrained(preset, labels, weights, device)
     else:
         detector = _shrink_and_perturb(start.with_labels(labels))
-    run = _Run(detector, samples, validation, seed, began + budget_seconds, on_progress)
+    threads = threads or torch.get_num_threads()
+    run = _Run(detector, samples, validation, seed, began + budget_seconds, threads, on_progress)
+    try:
+        with threads_inside(run.threads_inside):
+            return _go(run, began)
+    finally:
+        run.close()
+
+
+def _go(run: _Run, began: float) -> TrainingResult:
     while True:
         try:
             return run.go(began)
@@ -144,7 +154,7 @@ def train(
                 raise
             run.batch_size //= 2
             _log.warning("out of memory (%s): going on with batches of %d", error, run.batch_size)
-            if device.type == "cuda":
+            if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
 
@@ -158,6 +168,7 @@ class _Run:
         validation: Sequence[Sample],
         seed: int,
         deadline: float,
+        threads: int,
         on_progress: Callable[[Progress], None] | None,
     ) -> None:
         preset = detector.preset
@@ -169,9 +180,17 @@ class _Run:
         self._images = _Images(samples, preset.max_size)
         self._loader = _Loader(self._images, preset, seed, detector.device)
         self._pretrained = detector.weights.kind != "none"
-        self._module = detector.module
+        self._module = detector.module.train()
+        self._module.transform._skip_resize = True  # type: ignore[union-attr]
         if self._pretrained:
             _freeze_statistics(self._module)
+        share = 1 if self._pretrained else STATISTICS_OF
+        replicas = max(1, min(threads, preset.batch_size // share))
+        if detector.device.type != "cpu":
+            replicas = 1
+        self._threads = threads
+        self.threads_inside = threads // replicas
+        self._replicas = Replicas(self._module, replicas, half=_half(detector.device))
         self._average = AveragedModel(self._module, avg_fn=_average, use_buffers=True)
         self._optimizer = _optimizer(self._module, preset, self._pretrained)
         self._step = 0
@@ -192,7 +211,6 @@ class _Run:
         base = [group["lr"] for group in self._optimizer.param_groups]
         fraction = 0.0
         next_look = 1 / EVALUATIONS
-        self._train_mode()
         for batch in self._loader.batches(lambda: self.batch_size):
             elapsed = time.monotonic() - started
             by_time = elapsed / time_left if time_left else 1.0
@@ -215,7 +233,6 @@ class _Run:
                 if self._since_best >= PATIENCE and fraction > 0.5:
                     stopped = "early stop"
                     break
-        self._loader.close()
         if self._validation and stopped != "early stop":
             self._look(1.0)
         self.detector.module = self._finished()
@@ -229,33 +246,24 @@ class _Run:
             history=tuple(self._history),
         )
 
-    def _train_mode(self) -> None:
-        self._module.train()
-        if self._pretrained:
-            _freeze_statistics(self._module)
-        self._module.transform._skip_resize = True  # type: ignore[union-attr]
+    def close(self) -> None:
+        """Ends its threads."""
+        self._loader.close()
+        self._replicas.close()
 
     def _learn(self, batch: list[Example]) -> None:
-        device = self.detector.device
-        images = [example.image.to(device).float().div_(255) for example in batch]
-        targets = [{"boxes": e.boxes.to(device), "labels": e.labels.to(device) + 1} for e in batch]
-        with torch.autocast(device.type, torch.bfloat16, enabled=_half(device)):
-            losses = self._module(images, targets)
-            loss = torch.stack([value.float() for value in losses.values()]).sum()
-        if not torch.isfinite(loss):
+        loss = self._replicas.backward(batch, self.detector.device)
+        if not math.isfinite(loss):
             raise TrainingDiverged(
-                f"the loss became {loss.item()} after {self._step} steps: a smaller learning "
-                "rate in the preset helps"
+                f"the loss became {loss} after {self._step} steps: a smaller learning rate in "
+                "the preset helps"
             )
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self._module.parameters(), 5.0)
         self._optimizer.step()
         self._average.update_parameters(self._module)
         self._step += 1
         self._seen += len(batch)
-        value = float(loss.detach())
-        self._loss = value if math.isnan(self._loss) else 0.9 * self._loss + 0.1 * value
+        self._loss = loss if math.isnan(self._loss) else 0.9 * self._loss + 0.1 * loss
 
     def _report(self, fraction: float) -> None:
         if self._tell is not None:
@@ -276,9 +284,10 @@ class _Run:
         judge.module = module
         found = []
         size = self.detector.preset.predict_batch
-        for start in range(0, len(self._validation), size):
-            part = self._validation[start : start + size]
-            found += judge.predict([decode_image(s.image) for s in part], floor=0.02)
+        with threads_inside(self._threads):
+            for start in range(0, len(self._validation), size):
+                part = self._validation[start : start + size]
+                found += judge.predict([decode_image(s.image) for s in part], floor=0.02)
         quality = evaluate(found, self._validation, self.detector.labels).map50
         self._history.append((round(fraction, 3), quality))
         if self._best is None or quality > self._best[0]:

@@ -62,7 +62,7 @@ def create_app(backend: Backend | None = None) -> Flask:
     ):
         app.register_blueprint(part.blueprint)
     # A device that cannot be used stops the start, and the first request waits for nothing.
-    _ = backend.models.device
+    backend.models.own_device()
     threading.Thread(target=lambda: backend.serving, daemon=True).start()
     return app
 

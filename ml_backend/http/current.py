@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TypeVar, cast
+import json
+import re
+from typing import Any, TypeVar, cast
 
 from flask import current_app, request
 from pydantic import BaseModel, ValidationError
@@ -14,11 +16,30 @@ from ml_backend.label_studio.events import parse_project_key
 from ml_backend.store.tables import Project
 
 Body = TypeVar("Body", bound=BaseModel)
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def backend() -> Backend:
     """The backend that this application serves."""
     return cast(Backend, current_app.extensions["ml_backend"])
+
+
+def read_json() -> dict[str, Any]:
+    """The request's body, a JSON object.
+
+    Raises:
+        BadRequest: it is something else, or holds half a character (a lone surrogate), which no
+            database and no answer can hold.
+    """
+    content = request.get_json(force=True, silent=True)
+    if not isinstance(content, dict):
+        raise BadRequest("the body must be a JSON object")
+    if _SURROGATE.search(request.get_data()):
+        try:
+            json.dumps(content, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise BadRequest("the body holds text that is not valid Unicode") from None
+    return content
 
 
 def read_body(model: type[Body]) -> Body:
@@ -27,11 +48,8 @@ def read_body(model: type[Body]) -> Body:
     Raises:
         BadRequest: it is not JSON, or a field is missing or wrong; the text names the field.
     """
-    content = request.get_json(force=True, silent=True)
-    if not isinstance(content, dict):
-        raise BadRequest("the body must be a JSON object")
     try:
-        return model.model_validate(content)
+        return model.model_validate(read_json())
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -40,6 +40,10 @@ def register(app: Flask) -> None:
     for kind in (BadRequest, LabelConfigError, InvalidEvent):
         app.register_error_handler(kind, bad_request)
 
+    @app.errorhandler(RecursionError)
+    def too_deep(_: RecursionError) -> Response:
+        return error_response(400, "the body is nested too deeply")
+
     @app.errorhandler(VersionMissing)
     def missing(error: VersionMissing) -> Response:
         return error_response(404, str(error))

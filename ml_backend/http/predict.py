@@ -48,8 +48,9 @@ def predict() -> dict[str, Any]:
     config = parse_label_config(body.label_config or project.label_config)
     tasks = [task.model_dump() for task in body.tasks]
     predicted = backend().serving.predict(project, config, tasks, deadline=deadline)
-    if predicted.unfinished:
-        left = [tasks[i] for i in predicted.unfinished if tasks[i]["id"] is not None]
+    # Without an id there is no task to import a prediction for.
+    left = [tasks[i] for i in predicted.unfinished if tasks[i]["id"] is not None]
+    if left:
         job = backend().jobs.hand_over_predictions(project.id, left)
         backend().tasks.put("predict", job)
         LEFT_OVER.inc(len(left))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from flask import Blueprint, request
+from flask import Blueprint
 
-from ml_backend.http.current import backend
-from ml_backend.http.errors import BadRequest
+from ml_backend.http.current import backend, read_json
 from ml_backend.label_studio.events import Ignored, TrainingRequested, parse_event
 from ml_backend.learning.metrics import WEBHOOKS
 
@@ -17,11 +16,10 @@ blueprint = Blueprint("webhook", __name__)
 @blueprint.post("/webhook")
 def webhook() -> dict[str, Any]:
     """Stores an event. The worker sees within a second whether a training is due."""
-    body = request.get_json(force=True, silent=True)
-    if not isinstance(body, dict):
-        raise BadRequest("the body must be a JSON object")
+    body = read_json()
     event = parse_event(body)
-    WEBHOOKS.labels(str(body.get("action"))[:40]).inc()
+    # Only actions that are known become a label: their number is bounded.
+    WEBHOOKS.labels("ignored" if isinstance(event, Ignored) else body["action"]).inc()
     if isinstance(event, Ignored):
         return {"status": "ignored", "action": event.action}
     applied = backend().ingest.apply(event, event.project)

@@ -132,7 +132,7 @@ def parse_project_key(text: str) -> ProjectKey:
     Raises:
         InvalidEvent: it is neither.
     """
-    found = re.fullmatch(r"(\d{1,18})(\.\d{1,18})?", text)
+    found = re.fullmatch(r"([0-9]{1,18})(\.[0-9]{1,18})?", text)
     if found is None:
         raise InvalidEvent(
             f"project: {text[:40]!r} must be Label Studio's id and creation time, 1.1795463889"
@@ -185,8 +185,8 @@ def read_project(content: object) -> ProjectInfo:
         id=number,
         title=str(fields.get("title") or ""),
         label_config=str(fields.get("label_config") or ""),
-        model_version=fields.get("model_version"),
-        sampling=fields.get("sampling"),
+        model_version=_optional_text(fields.get("model_version")),
+        sampling=_optional_text(fields.get("sampling")),
     )
 
 
@@ -213,14 +213,13 @@ def read_annotation(content: object) -> AnnotationInfo:
     result = fields.get("result")
     if not isinstance(result, list):
         raise InvalidEvent("annotation.result: must be a list")
-    lead_time = fields.get("lead_time")
     return AnnotationInfo(
         id=_int(fields, "id", "annotation"),
         task_id=_int(fields, "task", "annotation"),
         result=result,
         was_cancelled=bool(fields.get("was_cancelled")),
         ground_truth=bool(fields.get("ground_truth")),
-        lead_time=float(lead_time) if isinstance(lead_time, int | float) else None,
+        lead_time=_optional_seconds(fields.get("lead_time")),
         parent_prediction=_optional_id(fields.get("parent_prediction")),
         completed_by=_optional_id(fields.get("completed_by")),
         created_at=_moment(fields, "created_at", "annotation"),
@@ -262,13 +261,29 @@ def _int(fields: dict[str, Any], key: str, what: str) -> int:
 def _optional_id(value: object) -> int | None:
     if isinstance(value, dict):
         value = value.get("id")
-    return value if isinstance(value, int) and 0 <= value < 2**63 else None
+    if not isinstance(value, int) or isinstance(value, bool):
+        return None
+    return value if 0 <= value < 2**63 else None
+
+
+def _optional_text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _optional_seconds(value: object) -> float | None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    # The bound also holds off nan, infinities and integers too large for a float.
+    return float(value) if 0 <= value < 1e12 else None
 
 
 def _moment(fields: dict[str, Any], key: str, what: str) -> datetime:
     value = fields.get(key)
     try:
         moment = datetime.fromisoformat(str(value))
-    except ValueError:
-        raise InvalidEvent(f"{what}.{key}: must be a time, 2026-01-31T12:00:00Z") from None
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+        moment = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
+    except (ValueError, OverflowError):
+        moment = datetime.min.replace(tzinfo=UTC)
+    if moment.year < 1970:
+        raise InvalidEvent(f"{what}.{key}: must be a time, 2026-01-31T12:00:00Z")
+    return moment

@@ -7,7 +7,6 @@ the token stays behind where one leads elsewhere.
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import logging
 import os
@@ -20,6 +19,8 @@ from pathlib import Path
 from urllib.parse import unquote_to_bytes, urljoin, urlsplit
 
 import requests
+from urllib3.exceptions import HTTPError, LocationParseError
+from urllib3.util import parse_url
 
 from ml_backend.label_studio.client import LabelStudioClient, LabelStudioError, as_it_is
 
@@ -28,7 +29,6 @@ _log = logging.getLogger(__name__)
 REDIRECTS = 5
 _CHUNK = 64 * 1024
 _CLOUD = ("s3://", "gs://", "azure-blob://")
-_SWEEP_EVERY = 200
 
 
 class ImageUnavailable(RuntimeError):
@@ -62,7 +62,8 @@ class DiskCache:
         self._folder = folder
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
-        self._puts = 0
+        self._total: int | None = None
+        self._since_sweep = 0
 
     def get(self, key: str) -> bytes | None:
         """What was put there under a key, if it still is."""
@@ -96,16 +97,23 @@ class DiskCache:
                 Path(file.name).unlink()
             return
         with self._lock:
-            self._puts += 1
-            due = self._puts % _SWEEP_EVERY == 1
-        if due:
-            self._sweep()
+            self._since_sweep += len(content)
+            # The first look tells what earlier and other processes left; later ones, what others
+            # have written since.
+            if (
+                self._total is None
+                or self._total + self._since_sweep > self._max_bytes
+                or self._since_sweep > self._max_bytes // 20
+            ):
+                self._total = self._sweep()
+                self._since_sweep = 0
 
     def _path(self, key: str) -> Path:
         name = hashlib.sha256(key.encode()).hexdigest()
         return self._folder / name[:2] / name
 
-    def _sweep(self) -> None:
+    def _sweep(self) -> int:
+        """Where there is too much, leaves nine tenths, so that sweeps stay rare."""
         files: list[tuple[float, int, Path]] = []
         for path in self._folder.glob("*/*"):
             # Another process may have deleted it just now.
@@ -113,12 +121,15 @@ class DiskCache:
                 stat = path.stat()
                 files.append((stat.st_mtime, stat.st_size, path))
         total = sum(size for _, size, _ in files)
+        if total <= self._max_bytes:
+            return total
         for _, size, path in sorted(files):
-            if total <= self._max_bytes:
-                return
+            if total <= self._max_bytes * 0.9:
+                break
             with suppress(OSError):
                 path.unlink()
             total -= size
+        return total
 
 
 class ImageSource:
@@ -158,6 +169,10 @@ class ImageSource:
         Raises:
             ImageUnavailable: it cannot be had.
         """
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ImageUnavailable(f"{value[:100]!r} is no address of an image") from error
         if value.startswith("data:"):
             return _inline(value, self._max_bytes)
         key = f"{self._base_url} {value}"
@@ -210,7 +225,8 @@ class ImageSource:
                     if response.status_code >= 400:
                         raise ImageUnavailable(self._refused(address, response.status_code))
                     return self._read(address, response, deadline)
-            except requests.RequestException as error:
+            except (requests.RequestException, HTTPError, ValueError) as error:
+                # While the body is read, errors are urllib3's own; ValueError: no valid address.
                 raise ImageUnavailable(
                     f"{address} cannot be read ({type(error).__name__}): it must be reachable "
                     "from this machine"
@@ -267,7 +283,10 @@ class ImageSource:
         return session
 
     def _is_own(self, address: str) -> bool:
-        return self._base_url is not None and _origin(address) == _origin(self._base_url)
+        try:
+            return self._base_url is not None and _origin(address) == _origin(self._base_url)
+        except LocationParseError:
+            return False
 
     def _refused(self, address: str, status: int) -> str:
         what = f"{address} answers status {status}"
@@ -285,20 +304,28 @@ class ImageSource:
         return f"{what}: is the file still there?"
 
 
-def _origin(address: str) -> tuple[str, str | None, int | None]:
-    parts = urlsplit(address)
-    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme]
+def _origin(address: str) -> tuple[str | None, str | None, int | None]:
+    # By the parser that decides where the request goes: urlsplit sees another host in
+    # http://other.example\@label-studio.example/.
+    parts = parse_url(address)
+    return (
+        parts.scheme,
+        parts.host,
+        parts.port or {"http": 80, "https": 443}.get(parts.scheme or ""),
+    )
 
 
 def _inline(value: str, max_bytes: int) -> bytes:
     head, comma, body = value.partition(",")
     if not comma or not head.startswith("data:image/"):
         raise ImageUnavailable("the data: address holds no image")
-    if len(body) > 2 * max_bytes:
-        raise ImageUnavailable(f"the data: address holds more than {max_bytes:,} bytes")
     try:
         if head.endswith(";base64"):
-            return base64.b64decode(body, validate=True)
-    except binascii.Error as error:
+            content = base64.b64decode(body, validate=True)
+        else:
+            content = unquote_to_bytes(body)
+    except ValueError as error:
         raise ImageUnavailable(f"the data: address is damaged: {error}") from error
-    return unquote_to_bytes(body)
+    if len(content) > max_bytes:
+        raise ImageUnavailable(f"the data: address holds more than {max_bytes:,} bytes")
+    return content

@@ -181,7 +181,8 @@ def _checked(xml: str) -> Element:
 def _box_control(
     control: ControlTag, controls: Sequence[ControlTag], image: ObjectTag
 ) -> BoxControl | None:
-    key = image.value_name
+    # Without the dollar sign it is an address of its own, not a field of the task's data.
+    key = image.value_name if (image.value or "").startswith("$") else None
     if not key or not control.name or not image.name:
         return None
     if control.tag == "RectangleLabels":
@@ -221,10 +222,13 @@ def _labels(control: ControlTag) -> tuple[Label, ...]:
     result = []
     for tag in (control.labels_attrs or {}).values():
         attributes = tag.attr or {}
+        name = attributes.get("value") or attributes.get("alias")
+        if not name:
+            continue
         values = attributes.get("predicted_values", "").split(",")
         result.append(
             Label(
-                attributes["value"],
+                name,
                 attributes.get("alias") or None,
                 tuple(value.strip() for value in values if value.strip()),
             )

@@ -75,8 +75,10 @@ def read_regions(result: Sequence[Any], control: BoxControl) -> ReadRegions:
         if not isinstance(value, dict):
             dropped.append("a region has no value")
             continue
-        given = own if own is not None else value.get("rectanglelabels") or []
-        label = next((name for name in given if name in known), None)
+        given = own if own is not None else value.get("rectanglelabels")
+        if not isinstance(given, list):
+            given = []
+        label = next((name for name in given if isinstance(name, str) and name in known), None)
         if label is None:
             dropped.append(
                 f"a region's label {', '.join(map(str, given)) or '(none)'} is not in the config"
@@ -176,13 +178,12 @@ def _enclosing(
 ) -> tuple[float, float, float, float] | str:
     """Corners as fractions of the image, or why there are none."""
     try:
-        x, y, width, height, rotation = (
-            float(value.get(name) or 0) for name in ("x", "y", "width", "height", "rotation")
-        )
+        x, y, width, height = (_number(value.get(name)) for name in ("x", "y", "width", "height"))
+        rotation = _number(value.get("rotation") or 0)
         # Angles hold in pixels, not in percent: the image's shape matters.
-        image_width = float(region.get("original_width") or 1)
-        image_height = float(region.get("original_height") or 1)
-    except (TypeError, ValueError):
+        image_width = _number(region.get("original_width") or 1)
+        image_height = _number(region.get("original_height") or 1)
+    except (TypeError, OverflowError):
         return "a region has a coordinate that is no number"
     if not all(map(math.isfinite, (x, y, width, height, rotation, image_width, image_height))):
         return "a region has a coordinate that is not finite"
@@ -196,9 +197,17 @@ def _enclosing(
         (left + dx * cos - dy * sin, top + dx * sin + dy * cos)
         for dx, dy in ((0, 0), (across, 0), (0, down), (across, down))
     ]
+    if not all(math.isfinite(c) for corner in corners for c in corner):
+        return "a region has a coordinate that is far too large"
     xs = [min(max(cx / image_width, 0.0), 1.0) for cx, _ in corners]
     ys = [min(max(cy / image_height, 0.0), 1.0) for _, cy in corners]
     x1, x2, y1, y2 = min(xs), max(xs), min(ys), max(ys)
     if x2 - x1 <= 1e-6 or y2 - y1 <= 1e-6:
         return "a region has no area inside the image"
     return x1, y1, x2, y2
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError
+    return float(value)

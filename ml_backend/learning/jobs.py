@@ -54,7 +54,8 @@ class Jobs:
         """Decides what a project's training should do now, and makes the job say so.
 
         One training job of a project is active at a time. What changes while it runs leads to
-        the next, since it counts as changed after the revision that the running one saw.
+        the next, since it counts as changed after the revision that the running one saw. One that
+        was refused or failed is begun again when an annotation changes or somebody asks for it.
         """
         with self._database.session() as session:
             # The row's lock: two workers must not both create the job.
@@ -70,6 +71,9 @@ class Jobs:
                 )
             if job is not None and job.state == "queued":
                 return Asked(job.id, job.state, job.reason, enqueue=False)
+            fruitless = _fruitless_training(session, project) if job is None else None
+            if fruitless is not None and not forced:
+                return Asked(fruitless.id, fruitless.state, fruitless.reason, enqueue=False)
             situation = self._situation(session, project, job)
             decision = decide(
                 situation,
@@ -214,6 +218,23 @@ def _active_training(session: Session, project_id: int) -> Job | None:
         .where(Job.project_id == project_id, Job.kind == "train", Job.state.in_(ACTIVE))
         .order_by(Job.id.desc())
     )
+
+
+def _fruitless_training(session: Session, project: Project) -> Job | None:
+    """The newest training, where it came to nothing and no annotation has changed since.
+
+    Begun again by itself it would come to nothing again, for ever.
+    """
+    job = session.scalar(
+        select(Job)
+        .where(Job.project_id == project.id, Job.kind == "train")
+        .order_by(Job.id.desc())
+        .limit(1)
+    )
+    if job is None or job.state not in ("refused", "failed") or job.started_at is None:
+        return None
+    changed = project.changed_at is not None and project.changed_at > job.started_at
+    return None if changed else job
 
 
 def _follow(job: Job, decision: Decision) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import OrderedDict
@@ -15,7 +16,7 @@ from sqlalchemy import select
 
 from ml_backend.detection.batching import BatchingPredictor
 from ml_backend.detection.detector import CorruptDetector, Detector
-from ml_backend.detection.device import resolve_device
+from ml_backend.detection.device import own_device, resolve_device, serving_devices
 from ml_backend.detection.zoo import preset_named
 from ml_backend.learning.promotion import counts_of
 from ml_backend.settings import Settings
@@ -85,6 +86,20 @@ class Models:
             self._device = resolve_device(self._settings.device)
         return self._device
 
+    def own_device(self) -> None:
+        """Makes a device this process's own: what a server's process does before it serves.
+
+        Of several GPUs each process gets one; on a CPU they share the cores.
+
+        Raises:
+            DeviceError: it cannot be used, or all GPUs have their process.
+        """
+        devices = serving_devices(self._settings.device)
+        self._device = own_device(devices, self._settings.model_dir)
+        if self._device.type == "cpu" and self._settings.workers > 1:
+            # Several torch processes that each take every core slow each other many times over.
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self._settings.workers))
+
     def version(self, project: Project) -> str:
         """The version that a prediction made now would carry; never loads anything."""
         with self._lock:
@@ -142,8 +157,10 @@ class Models:
             projects = session.scalars(select(Project).where(Project.id.in_(known))).all()
         for project in projects:
             live = project.live_version
-            if live is not None and live != known[project.id]:
-                self._load(project)
+            # A broken one is not tried again: what stands in for it would be loaded anew each time.
+            if live in (None, known[project.id]) or (project.id, live) in self._broken:
+                continue
+            self._load(project)
 
     def _load(self, project: Project) -> LoadedModel | None:
         for version, why in self._candidates(project):

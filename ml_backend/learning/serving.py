@@ -126,6 +126,11 @@ class Serving:
                 IMAGE_FAILURES.labels(type(error).__name__).inc()
                 _log.warning("task %s gets no prediction: %s", number, error)
                 return None
+            except Exception:
+                # As below: a fault that one image brings to light is not the others' fault.
+                IMAGE_FAILURES.labels("unexpected").inc()
+                _log.exception("task %s gets no prediction: its image could not be read", number)
+                return None
             try:
                 candidates = model.predictor.submit(image, floor=FLOOR).result()
             except Exception:

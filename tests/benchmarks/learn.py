@@ -1,0 +1,138 @@
+"""How good a detector gets, over the number of annotated images, and how long it takes.
+
+    python -m tests.benchmarks.learn DATASET --weights FILE
+
+DATASET is a folder in COCO format: `annotations.json`, and the images in `images/`. For each size
+the first images of one seeded order are learned from; all others measure, but never those among
+the first 55, so that the smaller sizes are measured on the same images.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from ml_backend.detection.detector import Detector
+from ml_backend.detection.evaluation import bootstrap_interval, evaluate
+from ml_backend.detection.training import Progress, TrainingResult, train
+from ml_backend.detection.types import Sample
+from ml_backend.detection.zoo import preset_named
+from ml_backend.learning.honest import predict_samples
+from tests.benchmarks.bccd import load_coco
+
+_SMALLEST_TEST = 55
+_err = Console(stderr=True)
+
+
+def main(
+    dataset: Annotated[Path, typer.Argument(help="Folder in COCO format.")],
+    weights: Annotated[str, typer.Option(help="As ML_BACKEND_WEIGHTS.")] = "auto",
+    preset: Annotated[str, typer.Option(help="As ML_BACKEND_PRESET.")] = "tiny",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    sizes: Annotated[str, typer.Option(help="Numbers of images.")] = "10,25,55,110,219",
+    budget: Annotated[float, typer.Option(help="Seconds that each training may take.")] = 360.0,
+    seed: Annotated[int, typer.Option(help="Of the order, and of the trainings.")] = 0,
+    warm: Annotated[
+        bool, typer.Option(help="Also start each size from the detector of the one before.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Answer as JSON.")] = False,
+) -> None:
+    """Train on some images, measure on the others."""
+    labels, samples = load_coco(dataset)
+    order = list(range(len(samples)))
+    random.Random(seed).shuffle(order)
+    shuffled = [samples[i] for i in order]
+    rows: list[dict[str, Any]] = []
+    before: Detector | None = None
+    for size in map(int, sizes.split(",")):
+        learned, held = shuffled[:size], shuffled[max(size, _SMALLEST_TEST) :]
+        starts: list[tuple[str, Detector | None]] = [("preset's weights", None)]
+        if warm and before is not None:
+            starts.append(("the detector before", before))
+        for name, start in starts:
+            result = _train(
+                preset, labels, learned, start, weights, torch.device(device), seed, budget
+            )
+            rows.append(_row(size, name, result, held, labels))
+            _err.print(rows[-1])
+            if start is None:
+                newest = result.detector
+        before = newest
+    if as_json:
+        print(json.dumps({"cores": os.cpu_count(), "torch": torch.__version__, "rows": rows}))
+        return
+    table = Table("images", "start", "tested on", "AP50", "90 % interval", *labels, "AP", "seconds")
+    for row in rows:
+        low, high = row["interval"]
+        table.add_row(
+            *(str(row["images"]), row["start"], str(row["tested"])),
+            *(f"{row['map50']:.3f}", f"{low:.3f} to {high:.3f}"),
+            *(f"{row['ap50'][label]:.3f}" for label in labels),
+            *(f"{row['map']:.3f}", f"{row['seconds']:.0f}"),
+        )
+    Console().print(table)
+
+
+def _train(
+    preset: str,
+    labels: tuple[str, ...],
+    samples: list[Sample],
+    start: Detector | None,
+    weights: str,
+    device: torch.device,
+    seed: int,
+    budget: float,
+) -> TrainingResult:
+    with Bar(console=_err, transient=True) as bar:
+        task = bar.add_task(f"{len(samples)} images", total=1.0)
+
+        def tell(progress: Progress) -> None:
+            bar.update(task, completed=progress.fraction)
+
+        return train(
+            preset_named(preset, device),
+            labels,
+            samples,
+            # Training changes its start.
+            start=start.with_labels(labels) if start else None,
+            weights=weights,
+            device=device,
+            seed=seed,
+            budget_seconds=budget,
+            threads=os.cpu_count(),
+            on_progress=tell,
+        )
+
+
+def _row(
+    size: int, start: str, result: TrainingResult, held: list[Sample], labels: tuple[str, ...]
+) -> dict[str, Any]:
+    found = predict_samples(result.detector, held, max_pixels=100_000_000)
+    predictions = [found[sample.key] for sample in held]
+    quality = evaluate(predictions, held, labels)
+    interval = bootstrap_interval(predictions, held, labels, seed=0)
+    return {
+        "images": size,
+        "start": start,
+        "tested": len(held),
+        "map50": round(quality.map50, 4),
+        "map": round(quality.map, 4),
+        "interval": [round(interval.low, 4), round(interval.high, 4)],
+        "ap50": {label: round(one.ap50 or 0.0, 4) for label, one in quality.per_class.items()},
+        "seconds": round(result.seconds, 1),
+        "steps": result.steps,
+        "stopped": result.stopped,
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,320 @@
+"""How fast the server answers, as ratios within one run.
+
+    python -m tests.benchmarks.serve
+
+Starts `ml-backend serve` on a detector trained for a moment on generated shapes, and measures
+`/predict` over HTTP against a bare loop over the same model and images, `/webhook` while a
+training runs, and `/predict` during the training against idle.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import http.server
+import json
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import requests
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ml_backend.backend import Backend
+from ml_backend.demo.project import LABEL_CONFIG, regions
+from ml_backend.demo.shapes import SHAPES, ShapeImage, generate
+from ml_backend.detection.decoding import decode_image
+from ml_backend.detection.detector import Detector
+from ml_backend.detection.device import describe_device, resolve_device
+from ml_backend.detection.training import train
+from ml_backend.detection.types import Sample
+from ml_backend.detection.zoo import preset_named
+from ml_backend.learning.promotion import Verdict
+from ml_backend.settings import load_settings
+from tests.conftest import RunningBackend, capture
+
+KEY = "1.1795463889"
+"""The project of the recorded requests."""
+LABELS = SHAPES[:3]
+_err = Console(stderr=True)
+
+
+def main(
+    preset: Annotated[str, typer.Option(help="As ML_BACKEND_PRESET.")] = "tiny",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    images: Annotated[int, typer.Option(help="Different images.")] = 64,
+    seconds: Annotated[float, typer.Option(help="Each measurement takes.")] = 15.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Answer as JSON.")] = False,
+) -> None:
+    """Measure the server."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        pictures = generate(images, seed=5, width=640, height=480)
+        _write(folder / "images", pictures)
+        with _files(folder / "images") as address:
+            found = _measure(folder, address, pictures, preset, device, seconds)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    table = Table("what", "figure")
+    for what, figure in found.items():
+        table.add_row(what, figure if isinstance(figure, str) else f"{figure:.3g}")
+    Console().print(table)
+
+
+def _measure(
+    folder: Path,
+    address: str,
+    pictures: Sequence[ShapeImage],
+    preset: str,
+    device: str,
+    seconds: float,
+) -> dict[str, Any]:
+    backend = RunningBackend(
+        folder,
+        ML_BACKEND_PRESET=preset,
+        ML_BACKEND_DEVICE=device,
+        ML_BACKEND_TRAIN_MIN="100000",
+        ML_BACKEND_TRAIN_BUDGET="100000",
+        THREADS="48",
+    )
+    _err.print("training a detector for a moment …")
+    detector = _publish(backend, folder / "images", pictures)
+    _err.print("the bare loop …")
+    bare = _bare_loop(detector, folder / "images", pictures, seconds)
+    found: dict[str, Any] = {
+        "device": ", ".join(describe_device(torch.device(detector.device)).values()),
+        "cores": os.cpu_count() or 1,
+        "bare loop, images/s": bare,
+    }
+    del detector
+    backend.start()
+    try:
+        _send(backend, {"tasks": _tasks(address, pictures, range(len(pictures)))})
+        for clients in (1, 8, 32):
+            _err.print(f"{clients} at a time …")
+            taken = _load(backend, address, pictures, clients, seconds)
+            rate = len(taken) / seconds
+            found |= {
+                f"/predict, {clients} at a time: images/s": rate,
+                f"/predict, {clients} at a time: ratio to the bare loop": rate / bare,
+                f"/predict, {clients} at a time: p50 ms": 1000 * float(np.quantile(taken, 0.5)),
+                f"/predict, {clients} at a time: p95 ms": 1000 * float(np.quantile(taken, 0.95)),
+            }
+        _err.print("one selection of 256 tasks …")
+        began = time.perf_counter()
+        _send(backend, {"tasks": _tasks(address, pictures, range(256))})
+        rate = 256 / (time.perf_counter() - began)
+        found["/predict, 256 tasks in one: ratio to the bare loop"] = rate / bare
+        found |= _during_a_training(backend, address, pictures, seconds)
+    finally:
+        backend.stop()
+    return found
+
+
+def _during_a_training(
+    backend: RunningBackend, address: str, pictures: Sequence[ShapeImage], seconds: float
+) -> dict[str, Any]:
+    hook = _webhook(backend, address, pictures)
+    idle_hooks = _repeat(hook, seconds, pause=0.02)
+    idle = _one_at_a_time(backend, address, pictures, seconds)
+    _err.print("starting a training …")
+    backend.post("/train", {"project": KEY}).raise_for_status()
+    while not _training_learns(backend):
+        time.sleep(0.5)
+    _err.print("during the training …")
+    hooks = _repeat(hook, seconds, pause=0.02)
+    with ThreadPoolExecutor(16) as pool:
+        burst = list(pool.map(lambda _: _timed(hook), range(500)))
+    busy = _one_at_a_time(backend, address, pictures, seconds)
+    return {
+        "/webhook p99 ms, idle": 1000 * float(np.quantile(idle_hooks, 0.99)),
+        "/webhook p99 ms, during a training": 1000 * float(np.quantile(hooks, 0.99)),
+        "/webhook p99 ms, during a training, 16 at a time": 1000 * float(np.quantile(burst, 0.99)),
+        "/webhook slowest ms, during a training": 1000 * max(*hooks, *burst),
+        "/predict p95 ms, idle": 1000 * float(np.quantile(idle, 0.95)),
+        "/predict p95 ms, during a training": 1000 * float(np.quantile(busy, 0.95)),
+        "/predict p95, during a training: ratio to idle": float(
+            np.quantile(busy, 0.95) / np.quantile(idle, 0.95)
+        ),
+    }
+
+
+def _training_learns(backend: RunningBackend) -> bool:
+    (project,) = backend.json("status")
+    job = project["jobs"][0]
+    if job["state"] not in {"waiting", "queued", "running"}:
+        raise RuntimeError(f"the training ended: {job['reason']}\n{backend.tail()}")
+    return "training" in job["reason"]
+
+
+def _write(folder: Path, pictures: Sequence[ShapeImage]) -> None:
+    folder.mkdir()
+    for picture in pictures:
+        (folder / picture.name).write_bytes(picture.encoded())
+
+
+@contextmanager
+def _files(folder: Path) -> Iterator[str]:
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:
+            """Says nothing."""
+
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))
+    )
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def _publish(backend: RunningBackend, folder: Path, pictures: Sequence[ShapeImage]) -> Detector:
+    """Trains for a moment and makes the result the live version of the recorded project."""
+    settings = load_settings(backend.settings)
+    device = resolve_device(settings.device)
+    samples = [
+        Sample(
+            p.name,
+            folder / p.name,
+            p.boxes,
+            np.array([LABELS.index(x) for x in p.labels], np.int64),
+        )
+        for p in pictures
+    ]
+    detector = train(
+        preset_named(settings.preset, device),
+        LABELS,
+        samples,
+        weights="none",
+        device=device,
+        budget_seconds=30,
+        threads=os.cpu_count(),
+    ).detector
+    detector.thresholds = dict.fromkeys(LABELS, 0.3)
+    parts = Backend(settings)
+    project = parts.ingest.introduce(KEY, 1, label_config=LABEL_CONFIG)
+    card = {
+        "data": {"boxes": dict.fromkeys(LABELS, 1), "tasks": len(samples)},
+        "metrics": {"map50": 0.5, "map50_interval": {"low": 0.4, "high": 0.6}},
+    }
+    parts.registry.publish(KEY, "v1", detector.save, card)
+    verdict = Verdict(promote=True, reason="for the benchmark")
+    parts.versions.record(project.id, "v1", card, verdict, parent=None, revision=0)
+    parts.database.close()
+    return detector
+
+
+def _bare_loop(
+    detector: Detector, folder: Path, pictures: Sequence[ShapeImage], seconds: float
+) -> float:
+    """Images a second of what any script would do: read, decode, predict, batch by batch."""
+    size = detector.preset.predict_batch
+    contents = [(folder / picture.name).read_bytes() for picture in pictures]
+
+    def batch(start: int) -> None:
+        chosen = [contents[(start + i) % len(contents)] for i in range(size)]
+        detector.predict([decode_image(content) for content in chosen])
+
+    batch(0)
+    began = time.perf_counter()
+    count = 0
+    while time.perf_counter() - began < seconds:
+        batch(count)
+        count += size
+    return count / (time.perf_counter() - began)
+
+
+def _tasks(
+    address: str, pictures: Sequence[ShapeImage], numbers: Sequence[int]
+) -> list[dict[str, Any]]:
+    return [
+        {"id": n + 1, "data": {"image": f"{address}/{pictures[n % len(pictures)].name}"}}
+        for n in numbers
+    ]
+
+
+def _send(backend: RunningBackend, body: dict[str, Any]) -> None:
+    whole = {**body, "project": KEY, "label_config": LABEL_CONFIG, "params": {}}
+    answer = backend.post("/predict", whole)
+    answer.raise_for_status()
+    if not all(answer.json()["results"]):
+        raise RuntimeError(f"a task was not predicted\n{backend.tail()}")
+
+
+def _timed(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _repeat(work: Callable[[], object], seconds: float, pause: float = 0.0) -> list[float]:
+    until = time.perf_counter() + seconds
+    taken = []
+    while time.perf_counter() < until:
+        taken.append(_timed(work))
+        time.sleep(pause)
+    return taken
+
+
+def _load(
+    backend: RunningBackend,
+    address: str,
+    pictures: Sequence[ShapeImage],
+    clients: int,
+    seconds: float,
+) -> list[float]:
+    """Each client asks for one task after the other, as annotators do who never pause."""
+
+    def client(number: int) -> list[float]:
+        body = {"tasks": _tasks(address, pictures, [number])}
+        return _repeat(lambda: _send(backend, body), seconds)
+
+    with ThreadPoolExecutor(clients) as pool:
+        return [t for taken in pool.map(client, range(clients)) for t in taken]
+
+
+def _one_at_a_time(
+    backend: RunningBackend, address: str, pictures: Sequence[ShapeImage], seconds: float
+) -> list[float]:
+    body = {"tasks": _tasks(address, pictures, [0])}
+    # An annotator looks at an image for a while before opening the next.
+    return _repeat(lambda: _send(backend, body), 2 * seconds, pause=0.2)
+
+
+def _webhook(
+    backend: RunningBackend, address: str, pictures: Sequence[ShapeImage]
+) -> Callable[[], None]:
+    """Sends one new annotation each time it is called; before, one for each picture."""
+    template = capture("POST_webhook_ANNOTATION_CREATED")
+    template["project"]["label_config"] = LABEL_CONFIG
+    lock = threading.Lock()
+    number = 0
+
+    def send() -> None:
+        nonlocal number
+        with lock:
+            number += 1
+            own = number
+        picture = pictures[own % len(pictures)]
+        body = copy.deepcopy(template)
+        body["annotation"] |= {"id": own, "task": own, "result": regions(picture)}
+        body["task"] |= {"id": own, "data": {"image": f"{address}/{picture.name}"}}
+        requests.post(f"{backend.url}/webhook", json=body, timeout=60).raise_for_status()
+
+    for _ in pictures:
+        send()
+    return send
+
+
+if __name__ == "__main__":
+    typer.run(main)

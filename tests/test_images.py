@@ -1,0 +1,743 @@
+"""Images over real HTTP: the token stays with Label Studio, and no image takes too much."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+from ml_backend.label_studio.client import LabelStudioClient
+from ml_backend.label_studio.images import DiskCache, ImageSource, ImageUnavailable
+
+TOKEN = "0123456789abcdef0123456789abcdef01234567"
+CONTENT = b"\x89PNG not really, but bytes are bytes \x00\xff" * 20
+
+Answer = Callable[["_Handler"], None]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Server
+
+    def do_GET(self) -> None:
+        self.server.seen.append((self.path, self.headers.get("Authorization")))
+        answer = self.server.answers.get(urlsplit(self.path).path, _status(404))
+        # The client may hang up on us in the middle; that is what some tests are about.
+        with suppress(OSError):
+            answer(self)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+class _Server(ThreadingHTTPServer):
+    """Answers by path; `seen` holds each request's path and `Authorization`."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.answers: dict[str, Answer] = {}
+        self.seen: list[tuple[str, str | None]] = []
+        self.closing = threading.Event()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    @property
+    def tokens(self) -> list[str | None]:
+        return [token for _, token in self.seen]
+
+
+def _bytes(content: bytes = CONTENT, **headers: str) -> Answer:
+    def answer(handler: _Handler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(content)))
+        for name, value in headers.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.end_headers()
+        handler.wfile.write(content)
+
+    return answer
+
+
+def _until_closed(content: bytes) -> Answer:
+    """No Content-Length: the end of the connection is the end of the image."""
+
+    def answer(handler: _Handler) -> None:
+        handler.send_response(200)
+        handler.send_header("Connection", "close")
+        handler.end_headers()
+        handler.wfile.write(content)
+
+    return answer
+
+
+def _endless(handler: _Handler) -> None:
+    handler.send_response(200)
+    handler.send_header("Transfer-Encoding", "chunked")
+    handler.end_headers()
+    while not handler.server.closing.is_set():
+        handler.wfile.write(b"400\r\n" + b"x" * 1024 + b"\r\n")
+
+
+def _status(status: int) -> Answer:
+    def answer(handler: _Handler) -> None:
+        handler.send_response(status)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    return answer
+
+
+def _redirect(location: str, status: int = 302) -> Answer:
+    def answer(handler: _Handler) -> None:
+        handler.send_response(status)
+        handler.send_header("Location", location)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    return answer
+
+
+@pytest.fixture
+def make_server() -> Iterator[Callable[[], _Server]]:
+    servers: list[_Server] = []
+
+    def make() -> _Server:
+        server = _Server()
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        return server
+
+    yield make
+    for server in servers:
+        server.closing.set()
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def studio(make_server: Callable[[], _Server]) -> _Server:
+    """Stands for Label Studio."""
+    return make_server()
+
+
+@pytest.fixture
+def elsewhere(make_server: Callable[[], _Server]) -> _Server:
+    """Another host: another port is one already."""
+    return make_server()
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> DiskCache:
+    return DiskCache(tmp_path / "images", 10**6)
+
+
+def _source(
+    base_url: str | None,
+    cache: DiskCache,
+    *,
+    token: str | None = TOKEN,
+    max_bytes: int = 100_000,
+    timeout: float = 10.0,
+) -> ImageSource:
+    client = LabelStudioClient(base_url, token) if base_url and token else None
+    return ImageSource(base_url, client, cache, max_bytes=max_bytes, timeout=timeout)
+
+
+# Where the token goes
+
+
+def test_an_upload_is_read_from_label_studio_with_the_token(
+    studio: _Server, cache: DiskCache
+) -> None:
+    studio.answers["/data/upload/1/a.png"] = _bytes()
+    assert _source(studio.url, cache).fetch(1, "/data/upload/1/a.png") == CONTENT
+    assert studio.seen == [("/data/upload/1/a.png", f"Token {TOKEN}")]
+
+
+def test_local_files_are_read_from_label_studio_with_the_token(
+    studio: _Server, cache: DiskCache
+) -> None:
+    studio.answers["/data/local-files/"] = _bytes()
+    value = "/data/local-files/?d=photos/a%20b.png"
+    assert _source(studio.url, cache).fetch(1, value) == CONTENT
+    assert studio.seen == [(value, f"Token {TOKEN}")]
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs", "azure-blob"])
+def test_cloud_storage_is_read_by_way_of_the_task(
+    scheme: str, studio: _Server, elsewhere: _Server, cache: DiskCache
+) -> None:
+    # Ends in ÿ?>, whose base64 holds characters that mean something else in an address.
+    value = f"{scheme}://bucket/photos/a b+ü~ÿ?>.png"
+    studio.answers["/tasks/7/resolve/"] = _redirect(f"{elsewhere.url}/signed?X-Signature=abc")
+    elsewhere.answers["/signed"] = _bytes()
+    assert _source(studio.url, cache).fetch(7, value) == CONTENT
+    ((path, token),) = studio.seen
+    assert token == f"Token {TOKEN}"
+    (encoded,) = parse_qs(urlsplit(path).query)["fileuri"]
+    assert base64.urlsafe_b64decode(encoded).decode() == value
+    assert elsewhere.seen == [("/signed?X-Signature=abc", None)]
+
+
+def test_cloud_storage_without_a_task_is_refused_without_a_request(
+    studio: _Server, cache: DiskCache
+) -> None:
+    with pytest.raises(ImageUnavailable, match="task"):
+        _source(studio.url, cache).fetch(None, "s3://bucket/a.png")
+    assert studio.seen == []
+
+
+def test_another_hosts_image_is_read_as_it_is_without_the_token(
+    studio: _Server, elsewhere: _Server, cache: DiskCache
+) -> None:
+    elsewhere.answers["/pictures/a.png"] = _bytes()
+    value = f"{elsewhere.url}/pictures/a.png?size=large&token=t"
+    assert _source(studio.url, cache).fetch(1, value) == CONTENT
+    assert elsewhere.seen == [("/pictures/a.png?size=large&token=t", None)]
+    assert studio.seen == []
+
+
+def test_label_studios_own_whole_address_gets_the_token(studio: _Server, cache: DiskCache) -> None:
+    studio.answers["/data/upload/1/a.png"] = _bytes()
+    assert _source(studio.url, cache).fetch(1, f"{studio.url}/data/upload/1/a.png") == CONTENT
+    assert studio.tokens == [f"Token {TOKEN}"]
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_the_token_stays_behind_where_label_studio_redirects_elsewhere(
+    status: int, studio: _Server, elsewhere: _Server, cache: DiskCache
+) -> None:
+    studio.answers["/data/upload/a.png"] = _redirect(f"{elsewhere.url}/a.png", status)
+    elsewhere.answers["/a.png"] = _bytes()
+    assert _source(studio.url, cache).fetch(1, "/data/upload/a.png") == CONTENT
+    assert studio.tokens == [f"Token {TOKEN}"]
+    assert elsewhere.tokens == [None]
+
+
+def test_the_same_machine_under_another_name_is_another_host(
+    studio: _Server, cache: DiskCache
+) -> None:
+    studio.answers["/a.png"] = _redirect(f"http://localhost:{studio.server_port}/b.png")
+    studio.answers["/b.png"] = _bytes()
+    assert _source(studio.url, cache).fetch(1, "/a.png") == CONTENT
+    assert studio.tokens == [f"Token {TOKEN}", None]
+
+
+def test_the_token_goes_along_where_label_studio_redirects_to_itself(
+    studio: _Server, cache: DiskCache
+) -> None:
+    studio.answers["/data/a.png"] = _redirect("../files/b.png")
+    studio.answers["/files/b.png"] = _bytes()
+    assert _source(studio.url, cache).fetch(1, "/data/a.png") == CONTENT
+    assert studio.seen == [
+        ("/data/a.png", f"Token {TOKEN}"),
+        ("/files/b.png", f"Token {TOKEN}"),
+    ]
+
+
+def test_a_host_that_another_sends_us_back_from_gets_no_token_of_its_own_choice(
+    studio: _Server, elsewhere: _Server, cache: DiskCache
+) -> None:
+    elsewhere.answers["/a.png"] = _redirect(f"{studio.url}/data/b.png")
+    studio.answers["/data/b.png"] = _redirect(f"{elsewhere.url}/c.png")
+    elsewhere.answers["/c.png"] = _bytes()
+    assert _source(studio.url, cache).fetch(1, f"{elsewhere.url}/a.png") == CONTENT
+    assert elsewhere.tokens == [None, None]
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://127.0.0.1:{other}\\@127.0.0.1:{own}/a.png",
+        "http://127.0.0.1:{own}@127.0.0.1:{other}/a.png",
+        "http://127.0.0.1:{other}#@127.0.0.1:{own}/a.png",
+        "http://127.0.0.1:{other}?@127.0.0.1:{own}/a.png",
+    ],
+)
+def test_an_address_that_can_be_read_in_two_ways_gets_no_token_to_another_host(
+    address: str, studio: _Server, elsewhere: _Server, cache: DiskCache
+) -> None:
+    value = address.format(own=studio.server_port, other=elsewhere.server_port)
+    with pytest.raises(ImageUnavailable):
+        _source(studio.url, cache).fetch(1, value)
+    studio.answers["/way"] = _redirect(value)
+    with pytest.raises(ImageUnavailable):
+        _source(studio.url, cache).fetch(1, "/way")
+    assert elsewhere.tokens == [None, None]
+
+
+def test_no_credentials_come_from_a_netrc_file(
+    studio: _Server,
+    elsewhere: _Server,
+    cache: DiskCache,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    netrc = tmp_path / ".netrc"
+    netrc.write_text("machine 127.0.0.1 login somebody password s3cret\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(netrc))
+    studio.answers["/data/a.png"] = _redirect(f"{elsewhere.url}/a.png")
+    elsewhere.answers["/a.png"] = _bytes()
+    assert _source(studio.url, cache).fetch(1, "/data/a.png") == CONTENT
+    assert _source(studio.url, cache, token=None).fetch(1, f"{elsewhere.url}/a.png?2") == CONTENT
+    assert studio.tokens == [f"Token {TOKEN}"]
+    assert elsewhere.tokens == [None, None]
+
+
+# Addresses
+
+
+@pytest.mark.parametrize(
+    ("base", "value"),
+    [
+        ("/studio", "/data/upload/a.png"),
+        ("/studio/", "/data/upload/a.png"),
+        ("/studio", "/studio/data/upload/a.png"),
+        ("/studio/", "/studio/data/upload/a.png"),
+    ],
+)
+def test_under_a_sub_path_uploads_are_found_with_and_without_it(
+    base: str, value: str, studio: _Server, cache: DiskCache
+) -> None:
+    studio.answers["/studio/data/upload/a.png"] = _bytes()
+    assert _source(studio.url + base, cache).fetch(1, value) == CONTENT
+    assert studio.seen == [("/studio/data/upload/a.png", f"Token {TOKEN}")]
+
+
+def test_a_sub_path_is_not_cut_off_where_a_folder_only_begins_like_it(
+    studio: _Server, cache: DiskCache
+) -> None:
+    studio.answers["/data/database/a.png"] = _bytes()
+    assert _source(f"{studio.url}/data", cache).fetch(1, "/database/a.png") == CONTENT
+
+
+def test_cloud_storage_under_a_sub_path_is_resolved_there(
+    studio: _Server, cache: DiskCache
+) -> None:
+    studio.answers["/studio/tasks/7/resolve/"] = _bytes()
+    assert _source(f"{studio.url}/studio", cache).fetch(7, "s3://bucket/a.png") == CONTENT
+    assert studio.tokens == [f"Token {TOKEN}"]
+
+
+@pytest.mark.parametrize("value", ["/data/upload/a.png", "s3://bucket/a.png"])
+def test_without_label_studios_address_the_settings_to_make_are_named(
+    value: str, cache: DiskCache
+) -> None:
+    with pytest.raises(ImageUnavailable) as caught:
+        _source(None, cache).fetch(1, value)
+    assert "LABEL_STUDIO_URL" in str(caught.value)
+    assert "LABEL_STUDIO_API_KEY" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        "a.png",
+        "ftp://127.0.0.1/a.png",
+        "file:///etc/hostname",
+        "http://",
+        "http://[",
+        "http://[::1/a.png",
+        "http://127.0.0.1:99999/a.png",
+        "http://127.0.0.1:x/a.png",
+        "/data/\ud800.png",
+        "http://127.0.0.1/\ud800.png",
+    ],
+)
+def test_what_is_no_address_is_unavailable_and_nothing_worse(
+    value: str, studio: _Server, cache: DiskCache
+) -> None:
+    with pytest.raises(ImageUnavailable):
+        _source(studio.url, cache).fetch(1, value)
+    assert studio.seen == []
+
+
+# Inline images
+
+
+def _data(content: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+def test_an_inline_image_is_decoded(cache: DiskCache) -> None:
+    assert _source(None, cache).fetch(None, _data(CONTENT)) == CONTENT
+    assert _source(None, cache).fetch(None, "data:image/svg+xml,%3Csvg%2F%3E") == b"<svg/>"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "data:text/html;base64,PGh0bWw+",
+        "data:image/png;base64",
+        "data:image/png;base64,a",
+        "data:image/png;base64,????",
+        "data:image/png;base64,üüüü",
+        "data:,",
+    ],
+)
+def test_a_damaged_inline_image_is_refused(value: str, cache: DiskCache) -> None:
+    with pytest.raises(ImageUnavailable, match="data:"):
+        _source(None, cache).fetch(1, value)
+
+
+def test_an_inline_image_has_the_same_limit_as_others(cache: DiskCache) -> None:
+    source = _source(None, cache, max_bytes=1000)
+    assert source.fetch(1, _data(b"x" * 1000)) == b"x" * 1000
+    with pytest.raises(ImageUnavailable, match="1,000"):
+        source.fetch(1, _data(b"x" * 1001))
+
+
+# Limits
+
+
+@pytest.mark.parametrize("answer", [_bytes, _until_closed], ids=["with a length", "without"])
+def test_an_image_of_just_the_limit_is_read_and_a_larger_one_refused(
+    answer: Callable[[bytes], Answer], studio: _Server, cache: DiskCache
+) -> None:
+    source = _source(studio.url, cache, max_bytes=200_000)
+    studio.answers["/fits.png"] = answer(b"x" * 200_000)
+    studio.answers["/large.png"] = answer(b"x" * 200_001)
+    assert source.fetch(1, "/fits.png") == b"x" * 200_000
+    with pytest.raises(ImageUnavailable) as caught:
+        source.fetch(1, "/large.png")
+    assert "/large.png" in str(caught.value)
+    assert "ML_BACKEND_IMAGE_MAX_BYTES" in str(caught.value)
+
+
+def test_an_endless_answer_is_refused_at_the_limit(studio: _Server, cache: DiskCache) -> None:
+    studio.answers["/a.png"] = _endless
+    with pytest.raises(ImageUnavailable, match="ML_BACKEND_IMAGE_MAX_BYTES"):
+        _source(studio.url, cache, max_bytes=1_000_000, timeout=30).fetch(1, "/a.png")
+
+
+def test_what_is_unpacked_counts_and_not_what_is_sent(studio: _Server, cache: DiskCache) -> None:
+    studio.answers["/fits.png"] = _bytes(gzip.compress(CONTENT), Content_Encoding="gzip")
+    studio.answers["/bomb.png"] = _bytes(gzip.compress(bytes(10**7)), Content_Encoding="gzip")
+    source = _source(studio.url, cache)
+    assert source.fetch(1, "/fits.png") == CONTENT
+    with pytest.raises(ImageUnavailable, match="ML_BACKEND_IMAGE_MAX_BYTES"):
+        source.fetch(1, "/bomb.png")
+
+
+def _drip(handler: _Handler) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    for _ in range(1000):
+        handler.wfile.write(b"x")
+        if handler.server.closing.wait(0.05):
+            return
+
+
+def _stall(handler: _Handler) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b"x" * 500)
+    handler.server.closing.wait(50)
+
+
+def _silence(handler: _Handler) -> None:
+    handler.server.closing.wait(50)
+
+
+@pytest.mark.parametrize("answer", [_drip, _stall, _silence])
+def test_a_slow_image_is_given_up_within_the_timeout(
+    answer: Answer, studio: _Server, cache: DiskCache
+) -> None:
+    studio.answers["/slow.png"] = answer
+    begun = time.monotonic()
+    with pytest.raises(ImageUnavailable, match=r"/slow\.png"):
+        _source(studio.url, cache, timeout=0.8).fetch(1, "/slow.png")
+    # The drip alone would take 50 s.
+    assert time.monotonic() - begun < 10
+
+
+def test_the_timeout_holds_for_all_redirects_together(studio: _Server, cache: DiskCache) -> None:
+    def slowly(handler: _Handler) -> None:
+        handler.server.closing.wait(0.6)
+        _redirect("/next.png")(handler)
+
+    studio.answers["/next.png"] = slowly
+    begun = time.monotonic()
+    with pytest.raises(ImageUnavailable):
+        _source(studio.url, cache, timeout=0.8).fetch(1, "/next.png")
+    assert len(studio.seen) <= 3
+    assert time.monotonic() - begun < 10
+
+
+def _broken_off(handler: _Handler) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b"x" * 500)
+    handler.close_connection = True
+
+
+def _broken_chunks(handler: _Handler) -> None:
+    handler.send_response(200)
+    handler.send_header("Transfer-Encoding", "chunked")
+    handler.end_headers()
+    handler.wfile.write(b"5\r\nxxxxx\r\n")
+    handler.close_connection = True
+
+
+def _hung_up(handler: _Handler) -> None:
+    handler.close_connection = True
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [_broken_off, _broken_chunks, _hung_up, _bytes(b"no gzip", Content_Encoding="gzip")],
+    ids=["broken off", "broken chunks", "hung up", "wrongly packed"],
+)
+def test_half_an_image_is_none_and_is_not_kept(
+    answer: Answer, studio: _Server, cache: DiskCache
+) -> None:
+    source = _source(studio.url, cache)
+    studio.answers["/a.png"] = answer
+    with pytest.raises(ImageUnavailable, match=r"/a\.png"):
+        source.fetch(1, "/a.png")
+    studio.answers["/a.png"] = _bytes()
+    assert source.fetch(1, "/a.png") == CONTENT
+
+
+def test_a_redirect_loop_ends(studio: _Server, elsewhere: _Server, cache: DiskCache) -> None:
+    studio.answers["/a.png"] = _redirect(f"{elsewhere.url}/b.png")
+    elsewhere.answers["/b.png"] = _redirect(f"{studio.url}/a.png")
+    with pytest.raises(ImageUnavailable, match="redirected more than"):
+        _source(studio.url, cache).fetch(1, "/a.png")
+    assert len(studio.seen) + len(elsewhere.seen) < 10
+    assert set(elsewhere.tokens) == {None}
+
+
+@pytest.mark.parametrize("location", ["file:///etc/hostname", "ftp://127.0.0.1/a", "http://["])
+def test_a_redirect_to_what_is_no_web_address_is_not_followed(
+    location: str, studio: _Server, cache: DiskCache
+) -> None:
+    studio.answers["/a.png"] = _redirect(location)
+    with pytest.raises(ImageUnavailable):
+        _source(studio.url, cache).fetch(1, "/a.png")
+    assert len(studio.seen) == 1
+
+
+# What an admin reads
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "advice"),
+    [
+        ("/data/upload/a.png", 404, ["is the file still there"]),
+        ("/data/upload/a.png", 403, ["LABEL_STUDIO_API_KEY", "may not see it"]),
+        ("/data/upload/a.png", 401, ["LABEL_STUDIO_API_KEY", "may not see it"]),
+        (
+            "/data/local-files/?d=a.png",
+            404,
+            ["local storage", "LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true"],
+        ),
+        ("/data/local-files/?d=a.png", 403, ["local storage"]),
+    ],
+)
+def test_a_refusal_by_label_studio_says_what_to_do(
+    path: str, status: int, advice: list[str], studio: _Server, cache: DiskCache
+) -> None:
+    studio.answers[urlsplit(path).path] = _status(status)
+    with pytest.raises(ImageUnavailable) as caught:
+        _source(studio.url, cache).fetch(1, path)
+    for part in [path, str(status), *advice]:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 500])
+def test_a_refusal_by_another_host_asks_for_access_without_a_login(
+    status: int, studio: _Server, elsewhere: _Server, cache: DiskCache
+) -> None:
+    elsewhere.answers["/a.png"] = _status(status)
+    with pytest.raises(ImageUnavailable) as caught:
+        _source(studio.url, cache).fetch(1, f"{elsewhere.url}/a.png")
+    assert str(status) in str(caught.value)
+    assert "without a login" in str(caught.value)
+    assert elsewhere.tokens == [None]
+
+
+def test_a_refusal_without_a_token_names_the_settings(studio: _Server, cache: DiskCache) -> None:
+    studio.answers["/data/upload/a.png"] = _status(401)
+    with pytest.raises(ImageUnavailable, match="LABEL_STUDIO_API_KEY"):
+        _source(studio.url, cache, token=None).fetch(1, "/data/upload/a.png")
+    assert studio.tokens == [None]
+
+
+def test_a_token_that_has_just_run_out_is_tried_once_more(
+    studio: _Server, cache: DiskCache
+) -> None:
+    def answer(handler: _Handler) -> None:
+        (_status(401) if len(studio.seen) == 1 else _bytes())(handler)
+
+    studio.answers["/a.png"] = answer
+    assert _source(studio.url, cache).fetch(1, "/a.png") == CONTENT
+    assert studio.tokens == [f"Token {TOKEN}"] * 2
+
+
+def test_a_host_that_nothing_answers_at_is_named(
+    make_server: Callable[[], _Server], cache: DiskCache
+) -> None:
+    gone = make_server()
+    gone.shutdown()
+    gone.server_close()
+    with pytest.raises(ImageUnavailable, match="reachable") as caught:
+        _source(None, cache).fetch(1, f"{gone.url}/a.png")
+    assert gone.url in str(caught.value)
+
+
+def test_no_text_holds_the_token(studio: _Server, cache: DiskCache) -> None:
+    studio.answers["/drop.png"] = _hung_up
+    for path in ("/missing.png", "/drop.png"):
+        with pytest.raises(ImageUnavailable) as caught:
+            _source(studio.url, cache).fetch(1, path)
+        assert TOKEN not in str(caught.value)
+
+
+# The cache
+
+
+def test_an_image_is_read_once_and_kept_for_a_later_start(studio: _Server, tmp_path: Path) -> None:
+    studio.answers["/a.png"] = _bytes()
+    for _ in range(2):
+        source = _source(studio.url, DiskCache(tmp_path / "images", 10**6))
+        assert source.fetch(1, "/a.png") == CONTENT
+        assert source.fetch(2, "/a.png") == CONTENT
+    assert len(studio.seen) == 1
+
+
+def test_two_label_studios_do_not_share_an_upload(
+    studio: _Server, elsewhere: _Server, cache: DiskCache
+) -> None:
+    studio.answers["/data/upload/1/a.png"] = _bytes(b"one")
+    elsewhere.answers["/data/upload/1/a.png"] = _bytes(b"two")
+    assert _source(studio.url, cache).fetch(1, "/data/upload/1/a.png") == b"one"
+    assert _source(elsewhere.url, cache).fetch(1, "/data/upload/1/a.png") == b"two"
+
+
+def test_a_refusal_is_not_kept(studio: _Server, cache: DiskCache) -> None:
+    source = _source(studio.url, cache)
+    with pytest.raises(ImageUnavailable):
+        source.fetch(1, "/a.png")
+    studio.answers["/a.png"] = _bytes()
+    assert source.fetch(1, "/a.png") == CONTENT
+
+
+def test_a_size_of_nothing_turns_the_cache_off(studio: _Server, tmp_path: Path) -> None:
+    studio.answers["/a.png"] = _bytes()
+    source = _source(studio.url, DiskCache(tmp_path / "images", 0))
+    assert source.fetch(1, "/a.png") == CONTENT
+    assert source.fetch(1, "/a.png") == CONTENT
+    assert len(studio.seen) == 2
+    assert not (tmp_path / "images").exists()
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_cache_never_outgrows_its_size(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, 10_000)
+    for number in range(100):
+        cache.put(f"image {number}", bytes(700))
+        assert _size(tmp_path) <= 10_000
+    assert cache.get("image 99") == bytes(700)
+    # It is used, too, and not emptied each time.
+    assert _size(tmp_path) > 5_000
+
+
+def test_two_processes_that_share_a_cache_keep_it_near_its_size(tmp_path: Path) -> None:
+    caches = [DiskCache(tmp_path, 10_000) for _ in range(2)]
+    for number in range(100):
+        caches[number % 2].put(f"image {number}", bytes(300))
+        assert _size(tmp_path) <= 12_000
+
+
+def test_what_an_earlier_start_left_counts(tmp_path: Path) -> None:
+    earlier = DiskCache(tmp_path, 100_000)
+    for number in range(20):
+        earlier.put(f"image {number}", bytes(1_000))
+    DiskCache(tmp_path, 5_000).put("new", bytes(1_000))
+    assert _size(tmp_path) <= 5_000
+
+
+def test_what_was_used_longest_ago_goes_first(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, 10_000)
+    for number in range(9):
+        cache.put(f"image {number}", bytes(1_000))
+        time.sleep(0.02)
+    for number in range(3):
+        assert cache.get(f"image {number}") == bytes(1_000)
+    time.sleep(0.02)
+    for number in range(9, 12):
+        cache.put(f"image {number}", bytes(1_000))
+    kept = {number for number in range(12) if cache.get(f"image {number}") is not None}
+    assert kept >= {0, 1, 2, 9, 10, 11}
+    assert kept.isdisjoint({3, 4})
+
+
+def test_an_image_larger_than_the_cache_is_not_kept_and_drives_nothing_out(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, 1_000)
+    cache.put("small", bytes(500))
+    cache.put("large", bytes(1_001))
+    assert cache.get("large") is None
+    assert cache.get("small") == bytes(500)
+
+
+def test_a_key_put_again_holds_the_new_content(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, 1_000)
+    cache.put("a", b"old")
+    cache.put("a", b"new")
+    assert cache.get("a") == b"new"
+    assert cache.get("b") is None
+
+
+def test_where_nothing_can_be_written_images_are_still_read(
+    studio: _Server, tmp_path: Path
+) -> None:
+    in_the_way = tmp_path / "images"
+    in_the_way.write_text("a file where the folder should be")
+    studio.answers["/a.png"] = _bytes()
+    source = _source(studio.url, DiskCache(in_the_way, 10**6))
+    assert source.fetch(1, "/a.png") == CONTENT
+    assert source.fetch(1, "/a.png") == CONTENT
+    assert len(studio.seen) == 2
+
+
+def test_threads_that_share_a_cache_read_whole_images_only(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, 50_000)
+    damaged: list[str] = []
+
+    def work(seed: int) -> None:
+        for step in range(60):
+            letter = chr(ord("a") + (seed * 7 + step) % 20)
+            found = cache.get(letter)
+            if found is not None and found != letter.encode() * 5_000:
+                damaged.append(letter)
+            cache.put(letter, letter.encode() * 5_000)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert damaged == []
+    assert _size(tmp_path) <= 50_000

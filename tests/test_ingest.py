@@ -1,0 +1,442 @@
+"""What arrives is stored: twice, late, out of order or all at once, and it survives a kill."""
+
+from __future__ import annotations
+
+import copy
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+
+from ml_backend.label_studio.events import (
+    AnnotationInfo,
+    Ignored,
+    TaskInfo,
+    parse_event,
+    read_annotation,
+    read_task,
+)
+from ml_backend.learning.ingest import (
+    Applied,
+    Ingest,
+    annotated_tasks,
+    changes_since,
+    live_annotations,
+)
+from ml_backend.store.database import Database
+from ml_backend.store.tables import Annotation, Project, Task, now
+from tests.conftest import CAPTURES, capture
+
+START = datetime(2026, 11, 23, 20, 0, tzinfo=UTC)
+KEY = "1.1795463889"
+
+
+class Store:
+    """A database of its own, filled by webhooks' bodies."""
+
+    def __init__(self, folder: Path) -> None:
+        self.database = Database(f"sqlite:///{folder / 'test.db'}")
+        self.database.migrate()
+        self.ingest = Ingest(self.database)
+
+    def hear(self, body: dict[str, Any]) -> Applied:
+        """Applies a webhook's body."""
+        event = parse_event(body)
+        assert not isinstance(event, Ignored)
+        return self.ingest.apply(event, event.project)
+
+    def project(self) -> Project:
+        """The one project."""
+        with self.database.reading() as session:
+            return session.scalars(select(Project)).one()
+
+    def annotation(self, number: int) -> Annotation:
+        """One annotation, whether it is deleted or not."""
+        with self.database.reading() as session:
+            return session.scalars(
+                select(Annotation).where(Annotation.label_studio_id == number)
+            ).one()
+
+    def task(self, number: int) -> Task:
+        """One task, whether it is deleted or not."""
+        with self.database.reading() as session:
+            return session.scalars(select(Task).where(Task.label_studio_id == number)).one()
+
+    def annotated(self) -> int:
+        """Tasks with an annotation to learn from."""
+        with self.database.reading() as session:
+            return annotated_tasks(session, self.project().id)
+
+    def live(self) -> int:
+        """Annotations that are neither skipped nor deleted."""
+        with self.database.reading() as session:
+            return live_annotations(session, self.project().id)
+
+    def changes(self, since: int = 0) -> int:
+        """Annotations that changed after a revision."""
+        with self.database.reading() as session:
+            return changes_since(session, self.project().id, since)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """An empty store."""
+    return Store(tmp_path)
+
+
+def _created(
+    number: int, *, minute: int = 0, task: int | None = None, width: float = 10, **fields: object
+) -> dict[str, Any]:
+    """ANNOTATION_CREATED as recorded, of another annotation, in the state of a minute."""
+    body = copy.deepcopy(capture("POST_webhook_ANNOTATION_CREATED"))
+    moment = (START + timedelta(minutes=minute)).isoformat()
+    task = number if task is None else task
+    body["annotation"] |= {"id": number, "task": task, "updated_at": moment, **fields}
+    if body["annotation"]["result"]:
+        body["annotation"]["result"][0]["value"]["width"] = width
+    body["task"] |= {"id": task, "updated_at": moment}
+    return body
+
+
+def _updated(
+    number: int, *, minute: int, width: float = 10, was_cancelled: bool = False
+) -> dict[str, Any]:
+    body = _created(number, minute=minute, width=width, was_cancelled=was_cancelled)
+    return body | {"action": "ANNOTATION_UPDATED"}
+
+
+def _deleted(*numbers: int) -> dict[str, Any]:
+    body = capture("POST_webhook_ANNOTATIONS_DELETED")
+    return body | {"annotations": [{"id": number} for number in numbers]}
+
+
+def _tasks_deleted(*numbers: int) -> dict[str, Any]:
+    body = capture("POST_webhook_TASKS_DELETED")
+    return body | {"tasks": [{"id": number} for number in numbers]}
+
+
+def _width(annotation: Annotation) -> float:
+    width: float = annotation.result[0]["value"]["width"]
+    return width
+
+
+def _shown(*bodies: dict[str, Any]) -> tuple[list[TaskInfo], list[AnnotationInfo]]:
+    """Tasks and annotations as the API would show them."""
+    return (
+        [read_task(body["task"]) for body in bodies],
+        [read_annotation(body["annotation"]) for body in bodies],
+    )
+
+
+def test_the_recorded_webhooks_in_their_order_leave_what_label_studio_holds(store: Store) -> None:
+    for name in (
+        "ANNOTATION_CREATED",
+        "ANNOTATION_UPDATED",
+        "ANNOTATIONS_CREATED",
+        "PROJECT_UPDATED",
+        "START_TRAINING",
+        "ANNOTATIONS_DELETED",
+        "TASKS_DELETED",
+    ):
+        store.hear(capture(f"POST_webhook_{name}"))
+    assert store.annotated() == 3
+    assert store.live() == 3
+    project = store.project()
+    assert (project.key, project.label_studio_id, project.title) == (KEY, 1, "bccd")
+    assert 'value="New"' in project.label_config
+    assert store.annotation(1).deleted_at is not None
+    assert store.annotation(3).parent_prediction == 3
+
+
+def test_the_same_event_twice_counts_once(store: Store) -> None:
+    assert store.hear(_created(1)).changed == 1
+    first = store.project()
+    assert store.hear(_created(1)).changed == 0
+    again = store.project()
+    assert (again.revision, again.changed_at) == (first.revision, first.changed_at)
+    assert (store.annotated(), store.changes()) == (1, 1)
+
+
+def test_a_late_creation_does_not_undo_an_update(store: Store) -> None:
+    store.hear(_updated(1, minute=2, width=33))
+    assert store.hear(_created(1, minute=0, width=10)).changed == 0
+    assert _width(store.annotation(1)) == 33
+
+
+def test_an_old_update_does_not_undo_a_newer_one(store: Store) -> None:
+    store.hear(_created(1, minute=0))
+    store.hear(_updated(1, minute=5, width=55))
+    assert store.hear(_updated(1, minute=3, width=33)).changed == 0
+    assert _width(store.annotation(1)) == 55
+    assert store.hear(_updated(1, minute=7, width=77)).changed == 1
+    assert _width(store.annotation(1)) == 77
+
+
+def test_old_data_of_a_task_do_not_undo_newer_ones(store: Store) -> None:
+    newer = _created(1, task=9, minute=5)
+    newer["task"]["data"] = {"image": "/data/new.jpg"}
+    store.hear(newer)
+    store.hear(_created(2, task=9, minute=1))
+    assert store.task(9).data == {"image": "/data/new.jpg"}
+    assert store.annotated() == 1
+
+
+def test_an_update_after_the_deletion_revives_nothing(store: Store) -> None:
+    store.hear(_created(1))
+    assert store.hear(_deleted(1)).changed == 1
+    assert store.hear(_updated(1, minute=9)).changed == 0
+    assert store.annotation(1).deleted_at is not None
+    assert store.annotated() == 0
+
+
+def test_a_deletion_heard_before_the_creation_holds(store: Store) -> None:
+    assert store.hear(_deleted(1)).changed == 0
+    assert store.hear(_created(1)).changed == 0
+    assert (store.annotated(), store.live(), store.changes()) == (0, 0, 0)
+    assert store.project().revision == 0
+
+
+def test_a_deletion_counts_as_a_change_and_counts_once(store: Store) -> None:
+    store.hear(_created(1))
+    store.hear(_created(2))
+    seen = store.project().revision
+    assert store.hear(_deleted(1)).changed == 1
+    assert store.hear(_deleted(1)).changed == 0
+    assert store.changes(seen) == 1
+    assert store.annotated() == 1
+
+
+def test_annotations_created_in_bulk_are_all_stored(store: Store) -> None:
+    body = capture("POST_webhook_ANNOTATIONS_CREATED")
+    assert store.hear(body).changed == 3
+    assert store.annotated() == 3
+    assert store.project().revision == 1
+    assert store.task(4).data == body["task"][1]["data"]
+
+
+def test_more_annotations_than_a_statement_holds_are_all_stored(store: Store) -> None:
+    body = capture("POST_webhook_ANNOTATIONS_CREATED")
+    bodies = [_created(number) for number in range(1, 1202)]
+    body["annotation"] = [b["annotation"] for b in bodies]
+    body["task"] = [b["task"] for b in bodies]
+    assert store.hear(body).changed == 1201
+    assert store.annotated() == 1201
+    assert store.hear(_tasks_deleted(*range(1, 1202))).changed == 1201
+    assert store.annotated() == 0
+
+
+def test_the_same_annotation_twice_in_one_event_is_stored_in_its_later_state(store: Store) -> None:
+    body = capture("POST_webhook_ANNOTATIONS_CREATED")
+    bodies = [_created(1, minute=5, width=55), _created(1, minute=1, width=11)]
+    body["annotation"] = [b["annotation"] for b in bodies]
+    body["task"] = [b["task"] for b in bodies]
+    assert store.hear(body).changed == 1
+    assert _width(store.annotation(1)) == 55
+
+
+def test_a_skipped_annotation_is_kept_and_not_learned_from(store: Store) -> None:
+    store.hear(_created(1, was_cancelled=True))
+    store.hear(_created(2))
+    assert store.annotation(1).was_cancelled
+    assert (store.annotated(), store.live(), store.changes()) == (1, 1, 1)
+    store.hear(_updated(1, minute=3, was_cancelled=False))
+    assert (store.annotated(), store.live()) == (2, 2)
+
+
+def test_several_annotations_of_a_task_make_one_annotated_task(store: Store) -> None:
+    store.hear(_created(1, task=5))
+    store.hear(_created(2, task=5))
+    assert (store.annotated(), store.live()) == (1, 2)
+
+
+def test_a_true_negative_is_learned_from(store: Store) -> None:
+    store.hear(_created(1, result=[]))
+    assert store.annotated() == 1
+
+
+def test_deleted_tasks_take_their_annotations_along(store: Store) -> None:
+    for number in (1, 2, 3):
+        store.hear(_created(number))
+    assert store.hear(_tasks_deleted(1, 3)).changed == 2
+    assert store.annotated() == 1
+    assert store.annotation(1).deleted_at is not None
+    assert store.annotation(2).deleted_at is None
+    assert store.hear(_tasks_deleted(1, 3)).changed == 0
+
+
+def test_a_late_event_does_not_revive_a_deleted_task(store: Store) -> None:
+    store.hear(_tasks_deleted(1))
+    store.hear(_created(1, minute=9))
+    assert store.annotated() == 0
+    assert store.task(1).deleted_at is not None
+
+
+def test_what_the_api_no_longer_shows_is_gone(store: Store) -> None:
+    for number in (1, 2):
+        store.hear(_created(number, task=5))
+    project = store.project()
+    changed = store.ingest.read_back(
+        project.id, *_shown(_created(2, task=5)), asked_at=now() + timedelta(seconds=1)
+    )
+    assert changed == 1
+    assert store.annotation(1).deleted_at is not None
+    assert store.annotation(2).deleted_at is None
+    assert store.project().revision == project.revision + 1
+
+
+def test_what_arrived_after_the_api_was_asked_stays(store: Store) -> None:
+    store.hear(_created(2, task=5))
+    asked_at = now()
+    store.hear(_created(1, task=5))
+    assert (
+        store.ingest.read_back(store.project().id, *_shown(_created(2, task=5)), asked_at=asked_at)
+        == 0
+    )
+    assert store.annotation(1).deleted_at is None
+
+
+def test_what_was_missed_is_read_back_and_what_is_known_is_not_counted_again(store: Store) -> None:
+    store.hear(_created(1, width=11))
+    shown = _shown(_created(1, width=11), _created(2), _updated(3, minute=4, width=44))
+    number = store.project().id
+    assert store.ingest.read_back(number, *shown, asked_at=now()) == 2
+    assert store.ingest.read_back(number, *shown, asked_at=now()) == 0
+    assert store.annotated() == 3
+    assert store.project().revision == 2
+
+
+def test_reading_back_does_not_revive_what_was_deleted_meanwhile(store: Store) -> None:
+    store.hear(_created(1))
+    shown = _shown(_created(1))
+    asked_at = now()
+    store.hear(_deleted(1))
+    store.ingest.read_back(store.project().id, *shown, asked_at=asked_at)
+    assert store.annotated() == 0
+
+
+def test_reading_back_leaves_the_annotations_of_other_tasks_alone(store: Store) -> None:
+    store.hear(_created(1))
+    store.hear(_created(2))
+    later = now() + timedelta(seconds=1)
+    assert store.ingest.read_back(store.project().id, *_shown(_created(1)), asked_at=later) == 0
+    assert store.annotated() == 2
+
+
+def test_tasks_that_label_studio_no_longer_has_leave(store: Store) -> None:
+    for number in (1, 2):
+        store.hear(_created(number))
+    asked_at = now()
+    store.hear(_created(3))
+    project = store.project()
+    assert store.ingest.keep_only_tasks(project.id, {2}, asked_at=asked_at) == 1
+    assert store.annotation(1).deleted_at is not None
+    assert store.task(1).deleted_at is not None
+    # 3 arrived after the question: its absence from the answer says nothing.
+    assert store.annotated() == 2
+    assert store.ingest.keep_only_tasks(project.id, {2}, asked_at=asked_at) == 0
+
+
+def test_projects_of_the_same_id_are_kept_apart_by_their_creation(store: Store) -> None:
+    other = _created(1, width=77)
+    other["project"]["created_at"] = "2020-01-01T00:00:00Z"
+    mine, theirs = store.hear(_created(1)), store.hear(other)
+    assert mine.project_id != theirs.project_id
+    with store.database.reading() as session:
+        assert annotated_tasks(session, mine.project_id) == 1
+        assert annotated_tasks(session, theirs.project_id) == 1
+    other |= {"action": "TASKS_DELETED", "tasks": [{"id": 1}]}
+    store.hear(other)
+    with store.database.reading() as session:
+        assert annotated_tasks(session, mine.project_id) == 1
+        assert annotated_tasks(session, theirs.project_id) == 0
+
+
+def test_an_introduction_refreshes_address_and_token_and_keeps_the_rest(store: Store) -> None:
+    store.hear(_created(1))
+    config = store.project().label_config
+    first = store.ingest.introduce(KEY, 1, label_config=config, url="http://a", token="t1")
+    store.ingest.introduce(KEY, 1, label_config="<View/>")
+    project = store.project()
+    assert (project.id, project.url, project.token) == (first.id, "http://a", "t1")
+    assert project.label_config == "<View/>"
+    assert project.title == "bccd"
+    store.ingest.introduce(KEY, 1, label_config=config, url="http://b", token="t2")
+    project = store.project()
+    assert (project.url, project.token, project.label_config) == ("http://b", "t2", config)
+    assert store.annotated() == 1
+
+
+def test_an_event_that_fails_halfway_leaves_nothing(store: Store) -> None:
+    store.hear(_created(1))
+    body = _created(2)
+    body["annotation"]["result"] = [object()]
+    with pytest.raises(Exception, match="not JSON serializable"):
+        store.hear(body)
+    assert store.annotated() == 1
+    with store.database.reading() as session:
+        assert session.scalars(select(Task.label_studio_id)).all() == [1]
+
+
+def test_two_hundred_ingests_from_sixteen_threads_lose_nothing(store: Store) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        applied = list(pool.map(lambda number: store.hear(_created(number)), range(1, 201)))
+    assert [a.changed for a in applied] == [1] * 200
+    assert len({a.project_id for a in applied}) == 1
+    assert (store.annotated(), store.live(), store.changes()) == (200, 200, 200)
+    # Each event raised the revision by one of its own.
+    assert store.project().revision == 200
+    with store.database.reading() as session:
+        assert sorted(session.scalars(select(Annotation.revision))) == list(range(1, 201))
+
+
+def test_states_of_one_annotation_from_many_threads_end_with_the_latest(store: Store) -> None:
+    minutes = [(7 * i) % 40 for i in range(40)]
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda m: store.hear(_updated(1, minute=m, width=10 + m)), minutes))
+    assert _width(store.annotation(1)) == 10 + 39
+    assert store.annotated() == 1
+
+
+def test_migrating_from_several_threads_at_once_is_safe(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path / 'deep/er/test.db'}")
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(database.migrate) for _ in range(4)]:
+            done.result()
+    with database.reading() as session:
+        assert session.scalars(select(Project)).all() == []
+    assert (tmp_path / "deep/er/test.db").stat().st_mode & 0o077 == 0
+
+
+_KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+from ml_backend.label_studio.events import parse_event
+from ml_backend.learning.ingest import Ingest
+from ml_backend.store.database import Database
+
+database = Database(sys.argv[1])
+event = parse_event(json.loads(Path(sys.argv[2]).read_text())["body"])
+Ingest(database).apply(event, event.project)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_an_event_outlives_a_process_that_is_killed_right_after_it(
+    store: Store, tmp_path: Path
+) -> None:
+    file = CAPTURES / "POST_webhook_ANNOTATION_CREATED.json"
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLED, f"sqlite:///{tmp_path / 'test.db'}", str(file)],
+        capture_output=True,
+        text=True,
+        cwd=CAPTURES.parents[1],
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert store.annotated() == 1
+    assert store.hear(capture("POST_webhook_ANNOTATION_CREATED")).changed == 0
