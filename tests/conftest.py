@@ -7,18 +7,21 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 
+from ml_backend.backend import Backend
 from ml_backend.demo.label_studio_server import (
     LabelStudioServer,
     free_port,
     wait_until_healthy,
 )
+from ml_backend.detection.detector import Detector
+from ml_backend.learning.promotion import Verdict
 
 ROOT = Path(__file__).parents[1]
 CAPTURES = Path(__file__).parent / "captures"
@@ -50,13 +53,19 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def label_studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabelStudioServer]:
     """A real Label Studio, one for the whole run; each test makes a project of its own."""
-    executable = Path(
+    folder = tmp_path_factory.mktemp("label-studio")
+    with LabelStudioServer(label_studio_program(), folder) as server:
+        yield server
+
+
+def label_studio_program() -> Path:
+    """Label Studio's program, from an environment of its own."""
+    program = Path(
         os.environ.get("TEST_LABEL_STUDIO", ROOT / ".venv-label-studio/bin/label-studio")
     )
-    if not executable.is_file():
-        pytest.fail(f"there is no {executable}: `make test` installs Label Studio")
-    with LabelStudioServer(executable, tmp_path_factory.mktemp("label-studio")) as server:
-        yield server
+    if not program.is_file():
+        pytest.fail(f"there is no {program}: `make test` installs Label Studio")
+    return program
 
 
 class RunningBackend:
@@ -137,6 +146,15 @@ class RunningBackend:
 
     def command(self, *arguments: str, status: int = 0) -> str:
         """Runs `ml-backend …`; answers what it printed, fails where its exit status is another."""
+        return self._command(arguments, status).stdout
+
+    def failing(self, *arguments: str) -> str:
+        """Runs a command that must fail; answers what it says of it."""
+        said = self._command(arguments, 1).stderr
+        assert "Traceback" not in said, said
+        return said
+
+    def _command(self, arguments: tuple[str, ...], status: int) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             [sys.executable, "-m", "ml_backend.cli", *arguments],
             env=self.environment,
@@ -146,7 +164,7 @@ class RunningBackend:
             timeout=300,
         )
         assert done.returncode == status, f"{done.stdout}\n{done.stderr}\n{self.tail()}"
-        return done.stdout
+        return done
 
     def json(self, *arguments: str, status: int = 0) -> Any:
         """Runs `ml-backend … --json`; answers what it says."""
@@ -186,3 +204,26 @@ def wait_for(condition: Callable[[], Any], *, within: float, what: str) -> Any:
             return found
         time.sleep(0.25)
     raise AssertionError(f"not within {within:g} s: {what}")
+
+
+def make_live(
+    backend: Backend,
+    detector: Detector,
+    name: str,
+    *,
+    key: str,
+    label_config: str,
+    boxes: Mapping[str, int] | None = None,
+) -> Path:
+    """Makes a detector a project's live version, as a training does; answers its folder."""
+    project = backend.ingest.introduce(key, int(key.partition(".")[0]), label_config=label_config)
+    counts = dict.fromkeys(detector.labels, 5) if boxes is None else dict(boxes)
+    card = {
+        "data": {"tasks": 5, "boxes": counts},
+        "metrics": {"map50": 0.5, "map50_interval": {"low": 0.4, "high": 0.6}},
+    }
+    folder = backend.registry.publish(key, name, detector.save, card)
+    verdict = Verdict(promote=True, reason="promoted: the first version that finds something")
+    parent = project.live_version
+    backend.versions.record(project.id, name, card, verdict, parent=parent, revision=1)
+    return folder

@@ -24,10 +24,9 @@ from ml_backend.detection.detector import Detector
 from ml_backend.detection.zoo import preset_named
 from ml_backend.http.app import create_app
 from ml_backend.learning.connect import SECRET_HEADER
-from ml_backend.learning.promotion import Verdict
 from ml_backend.settings import load_settings
 from ml_backend.store.tables import Job, Project
-from tests.conftest import CAPTURES, capture, wait_for
+from tests.conftest import CAPTURES, capture, make_live, wait_for
 
 KEY = "1.1795463889"
 CONFIG: str = capture("POST_setup")["schema"]
@@ -144,19 +143,7 @@ class Served:
         torch.manual_seed(seed)
         detector = Detector.pretrained(preset_named("tiny", CPU), LABELS, "none", CPU)
         detector.thresholds = dict.fromkeys(LABELS, threshold)
-        project = self.backend.ingest.introduce(key, 1, label_config=CONFIG)
-        counts = dict.fromkeys(LABELS, 5) if boxes is None else dict(boxes)
-        card = {"data": {"tasks": 5, "boxes": counts}, "metrics": {"map50": 0.5}}
-        folder = self.backend.registry.publish(key, name, detector.save, card)
-        self.backend.versions.record(
-            project.id,
-            name,
-            card,
-            Verdict(True, "promoted: the first version that finds something"),
-            parent=project.live_version,
-            revision=1,
-        )
-        return folder
+        return make_live(self.backend, detector, name, key=key, label_config=CONFIG, boxes=boxes)
 
 
 Serve = Callable[..., Served]

@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 WARM_UP = 0.08
 """Share of the steps in which the learning rate rises."""
-TRUNK_RATE = 0.2
+TRUNK_RATE = 0.5
 """Learning rate of a pretrained trunk, relative to the rest."""
 MEMORY = 0.99
 """Decay of the average of the weights, per step."""

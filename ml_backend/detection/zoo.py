@@ -52,7 +52,7 @@ class Preset:
         build: makes the module for a number of outputs (labels and background), without weights.
         min_size: the shorter side of an image is scaled to it, in pixels,
         max_size: unless the longer side would exceed this.
-        learning_rate: peak of the schedule, for AdamW; the pretrained trunk learns at a tenth.
+        learning_rate: peak of the schedule, for AdamW; the pretrained trunk learns at half of it.
         batch_size: images in a training step.
         predict_batch: images predicted together at most.
         steps: training steps for a handful of images,
@@ -111,7 +111,7 @@ def fcos_shufflenet(outputs: int) -> nn.Module:
 def faster_rcnn_mobilenet(outputs: int) -> nn.Module:
     """Faster R-CNN (Ren et al., 2015) on MobileNetV3-Large (Howard et al., 2019); 19 M."""
     module: nn.Module = fasterrcnn_mobilenet_v3_large_320_fpn(
-        weights=None, weights_backbone=None, num_classes=outputs, trainable_backbone_layers=6
+        weights=None, weights_backbone=None, num_classes=outputs
     )
     module.roi_heads.score_thresh = 0.01  # type: ignore[union-attr]
     return module
@@ -120,7 +120,7 @@ def faster_rcnn_mobilenet(outputs: int) -> nn.Module:
 def faster_rcnn_resnet50(outputs: int) -> nn.Module:
     """Faster R-CNN with ResNet-50 and FPN, v2 (Li et al., 2021); 44 M parameters."""
     module: nn.Module = fasterrcnn_resnet50_fpn_v2(
-        weights=None, weights_backbone=None, num_classes=outputs, trainable_backbone_layers=5
+        weights=None, weights_backbone=None, num_classes=outputs
     )
     module.roi_heads.score_thresh = 0.01  # type: ignore[union-attr]
     return module
@@ -137,7 +137,7 @@ PRESETS: dict[str, Preset] = {
             learning_rate=2e-3,
             batch_size=8,
             predict_batch=8,
-            steps=400,
+            steps=800,
             epochs=40,
             backbone=ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1,
         ),

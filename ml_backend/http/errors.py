@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 
 from flask import Flask, Response, jsonify
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from ml_backend.label_studio.events import InvalidEvent
 from ml_backend.label_studio.label_config import LabelConfigError
@@ -47,6 +47,13 @@ def register(app: Flask) -> None:
     @app.errorhandler(VersionMissing)
     def missing(error: VersionMissing) -> Response:
         return error_response(404, str(error))
+
+    @app.errorhandler(RequestEntityTooLarge)
+    def too_large(_: RequestEntityTooLarge) -> Response:
+        limit = app.config["MAX_CONTENT_LENGTH"]
+        return error_response(
+            413, f"the body is larger than {limit:,} bytes: raise ML_BACKEND_MAX_REQUEST_BYTES"
+        )
 
     @app.errorhandler(HTTPException)
     def http_error(error: HTTPException) -> Response:

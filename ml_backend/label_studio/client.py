@@ -20,6 +20,10 @@ from urllib3.util import Retry
 
 from ml_backend.label_studio.events import InvalidEvent, ProjectInfo, read_project
 
+GUARD = (
+    "set ML_BLOCK_LOCAL_IP=false and SSRF_PROTECTION_ENABLED=false on the Label Studio side and "
+    "restart it: by default it refuses private and loopback addresses"
+)
 _TIMEOUT = (3.05, 60)
 _PAGE = 500
 
@@ -347,7 +351,8 @@ class LabelStudioClient:
                 "Account & Settings"
             )
         if status == 403:
-            raise Forbidden(f"{self.url}: {what} is forbidden: {detail}")
+            remedy = f": {GUARD}" if "reserved network address" in detail else ""
+            raise Forbidden(f"{self.url}: {what} is forbidden: {detail}{remedy}")
         if status == 404:
             raise NotFound(
                 f"{self.url}: {what}: there is no such thing, or the token's user may not see it"

@@ -14,7 +14,7 @@ from ml_backend.detection.decoding import UndecodableImage, decode_image
 from ml_backend.detection.detector import Detector
 from ml_backend.detection.device import DeviceError, describe_device, resolve_device
 from ml_backend.detection.zoo import preset_named
-from ml_backend.label_studio.client import LabelStudioClient, LabelStudioError
+from ml_backend.label_studio.client import GUARD, Forbidden, LabelStudioClient, LabelStudioError
 from ml_backend.label_studio.events import ProjectInfo
 from ml_backend.label_studio.images import ImageUnavailable, route_of
 from ml_backend.label_studio.label_config import LabelConfigError, parse_label_config
@@ -25,10 +25,6 @@ from ml_backend.settings import Settings
 from ml_backend.store.database import Database
 from ml_backend.store.tables import Project, now
 
-GUARD = (
-    "set ML_BLOCK_LOCAL_IP=false and SSRF_PROTECTION_ENABLED=false on the Label Studio side and "
-    "restart it: by default it refuses private and loopback addresses"
-)
 _ENOUGH_DISK = 2 * 2**30
 _HEARD_WITHIN = 5.0
 
@@ -207,12 +203,13 @@ class Doctor:
                 project=info.id,
             )
         except LabelStudioError as error:
-            blocked = "reserved" in str(error) or "block" in str(error)
             return Finding(
                 "connection",
                 "error",
                 f"Label Studio does not reach {ours[0]['url']}: {error}",
-                GUARD if blocked else "check the address that `connect --url` was given",
+                ""
+                if isinstance(error, Forbidden)
+                else "check the address given to `connect --url`",
             )
         if not (ours[0]["title"].startswith(version) and info.model_version == ours[0]["title"]):
             return Finding(

@@ -120,7 +120,7 @@ class Annotation(Base):
     ground_truth: Mapped[bool] = mapped_column(default=False)
     lead_time: Mapped[float | None]
     parent_prediction: Mapped[LabelStudioId | None]
-    completed_by: Mapped[int | None]
+    completed_by: Mapped[LabelStudioId | None]
     created_at: Mapped[datetime | None]
     updated_at: Mapped[datetime | None]
     received_at: Mapped[datetime] = mapped_column(default=now)

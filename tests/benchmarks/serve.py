@@ -39,9 +39,8 @@ from ml_backend.detection.device import describe_device, resolve_device
 from ml_backend.detection.training import train
 from ml_backend.detection.types import Sample
 from ml_backend.detection.zoo import preset_named
-from ml_backend.learning.promotion import Verdict
 from ml_backend.settings import load_settings
-from tests.conftest import RunningBackend, capture
+from tests.conftest import RunningBackend, capture, make_live
 
 KEY = "1.1795463889"
 """The project of the recorded requests."""
@@ -202,14 +201,7 @@ def _publish(backend: RunningBackend, folder: Path, pictures: Sequence[ShapeImag
     ).detector
     detector.thresholds = dict.fromkeys(LABELS, 0.3)
     parts = Backend(settings)
-    project = parts.ingest.introduce(KEY, 1, label_config=LABEL_CONFIG)
-    card = {
-        "data": {"boxes": dict.fromkeys(LABELS, 1), "tasks": len(samples)},
-        "metrics": {"map50": 0.5, "map50_interval": {"low": 0.4, "high": 0.6}},
-    }
-    parts.registry.publish(KEY, "v1", detector.save, card)
-    verdict = Verdict(promote=True, reason="for the benchmark")
-    parts.versions.record(project.id, "v1", card, verdict, parent=None, revision=0)
+    make_live(parts, detector, "v1", key=KEY, label_config=LABEL_CONFIG)
     parts.database.close()
     return detector
 

@@ -50,7 +50,7 @@ def upgrade() -> None:
         sa.Column("ground_truth", sa.Boolean(), nullable=False),
         sa.Column("lead_time", sa.Double(), nullable=True),
         sa.Column("parent_prediction", sa.BigInteger(), nullable=True),
-        sa.Column("completed_by", sa.Integer(), nullable=True),
+        sa.Column("completed_by", sa.BigInteger(), nullable=True),
         sa.Column("created_at", UTCDateTime(), nullable=True),
         sa.Column("updated_at", UTCDateTime(), nullable=True),
         sa.Column("received_at", UTCDateTime(), nullable=False),

@@ -1,0 +1,26 @@
+"""`make demo`: what a newcomer tries first comes up, connected, and again."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import label_studio_program
+
+
+def test_the_demo_comes_up_and_comes_up_again(tmp_path: Path) -> None:
+    command = [
+        *(sys.executable, "-m", "ml_backend.demo", "--exit-when-ready"),
+        *("--label-studio", str(label_studio_program()), "--data", str(tmp_path / "demo")),
+    ]
+    first = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "ready" in first.stdout
+    assert re.search(r"http://127\.0\.0\.1:\d+/projects/1/data", first.stdout)
+    assert "password" in first.stdout
+    second = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "the connection was there" in second.stdout
+    assert "making a project" not in second.stdout

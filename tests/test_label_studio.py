@@ -1,0 +1,344 @@
+"""The client, reconciling, connecting and the doctor, against a real Label Studio."""
+
+from __future__ import annotations
+
+import http.server
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import torch
+
+from ml_backend.backend import Backend
+from ml_backend.demo.label_studio_server import LabelStudioServer, free_port
+from ml_backend.demo.project import LABEL_CONFIG, annotate, create_project, regions
+from ml_backend.demo.shapes import SHAPES, ShapeImage, generate
+from ml_backend.detection.detector import Detector
+from ml_backend.detection.zoo import preset_named
+from ml_backend.label_studio.client import (
+    BadAnswer,
+    LabelStudioClient,
+    LabelStudioError,
+    NotFound,
+    Unauthorized,
+    Unreachable,
+)
+from ml_backend.learning.ingest import annotated_tasks, live_annotations
+from ml_backend.learning.reconcile import reconcile
+from ml_backend.settings import load_settings
+from ml_backend.store.tables import Project
+from tests.conftest import RunningBackend, label_studio_program, make_live, wait_for
+
+
+@pytest.fixture(scope="module")
+def personal_token(label_studio: LabelStudioServer) -> str:
+    """A personal access token, as Account & Settings gives it out."""
+    answer = requests.post(
+        f"{label_studio.url}/api/token/",
+        headers={"Authorization": f"Token {label_studio.login.token}"},
+        timeout=30,
+    )
+    answer.raise_for_status()
+    token = str(answer.json()["token"])
+    assert token.count(".") == 2
+    return token
+
+
+@pytest.fixture(params=["legacy", "personal"])
+def client(
+    request: pytest.FixtureRequest, label_studio: LabelStudioServer, personal_token: str
+) -> LabelStudioClient:
+    """A client with either kind of token."""
+    token = label_studio.login.token if request.param == "legacy" else personal_token
+    return LabelStudioClient(label_studio.url, token)
+
+
+def _project(
+    server: LabelStudioServer, count: int, *, seed: int = 11
+) -> tuple[int, dict[int, ShapeImage]]:
+    images = generate(count, seed=seed, width=128, height=96)
+    project, tasks = create_project(
+        server, "Client", LABEL_CONFIG, {i.name: i.encoded() for i in images}
+    )
+    return project, {tasks[image.name]: image for image in images}
+
+
+def _call(server: LabelStudioServer, method: str, path: str, body: object = None) -> Any:
+    answer = requests.request(
+        method,
+        server.url + path,
+        headers={"Authorization": f"Token {server.login.token}"},
+        json=body,
+        timeout=60,
+    )
+    answer.raise_for_status()
+    return answer.json() if answer.content else None
+
+
+def test_either_kind_of_token_is_taken(
+    client: LabelStudioClient, label_studio: LabelStudioServer
+) -> None:
+    assert client.version() == "1.23.2"
+    assert client.whoami()["email"] == label_studio.login.email
+    project, images = _project(label_studio, 3)
+    info = client.project(project)
+    assert info.id == project
+    assert info.label_config == LABEL_CONFIG
+    assert info.key.startswith(f"{project}.")
+    annotate(label_studio, images)
+    pages = list(client.annotated_tasks(project, changed_since=None))
+    assert [task["id"] for page in pages for task in page] == sorted(images)
+    # An access token that Label Studio no longer takes is exchanged anew.
+    client.refresh_auth()
+    assert client.annotation_count(project) == 3
+
+
+@pytest.mark.parametrize("token", ["0" * 40, "aaaa.bbbb.cccc", "no token"])
+def test_a_wrong_token_is_named_with_what_to_do(
+    label_studio: LabelStudioServer, token: str
+) -> None:
+    client = LabelStudioClient(label_studio.url, token)
+    with pytest.raises(LabelStudioError, match="Account & Settings") as caught:
+        client.whoami()
+    assert isinstance(caught.value, Unauthorized)
+    assert token not in str(caught.value)
+
+
+def test_an_address_where_nothing_answers_is_named() -> None:
+    client = LabelStudioClient(f"http://127.0.0.1:{free_port()}", "0" * 40)
+    with pytest.raises(Unreachable, match="LABEL_STUDIO_URL"):
+        client.whoami()
+
+
+@contextmanager
+def _answering(status: int, body: bytes, **headers: str) -> Iterator[str]:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Says nothing."""
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_what_is_not_label_studio_is_recognised() -> None:
+    page = _answering(200, b"<html>login</html>", Content_Type="text/html")
+    with page as url, pytest.raises(BadAnswer, match="text/html instead of JSON"):
+        LabelStudioClient(url, "0" * 40).whoami()
+    moved = _answering(302, b"", Location="https://elsewhere.example/")
+    with moved as url, pytest.raises(BadAnswer, match=r"redirected to https://elsewhere\.example/"):
+        LabelStudioClient(url, "0" * 40).whoami()
+    with _answering(500, b"broken") as url, pytest.raises(Unreachable, match="500"):
+        LabelStudioClient(url, "0" * 40).whoami()
+
+
+def test_a_project_that_is_not_there_is_named(label_studio: LabelStudioServer) -> None:
+    client = LabelStudioClient(label_studio.url, label_studio.login.token)
+    with pytest.raises(NotFound, match="/api/projects/999999"):
+        client.project(999999)
+
+
+def test_predictions_go_in_though_a_task_is_gone(label_studio: LabelStudioServer) -> None:
+    client = LabelStudioClient(label_studio.url, label_studio.login.token)
+    project, images = _project(label_studio, 5)
+    tasks = list(images)
+    _call(label_studio, "DELETE", f"/api/tasks/{tasks[2]}/")
+    predictions = [
+        {"task": task, "result": regions(images[task]), "score": 0.5, "model_version": "v1"}
+        for task in tasks
+    ]
+    assert client.import_predictions(project, predictions) == 4
+    assert client.predicted_tasks(project, "v1", tasks) == {*tasks} - {tasks[2]}
+    assert client.predicted_tasks(project, "v2", tasks) == set()
+
+
+def test_only_what_changed_is_read_back(label_studio: LabelStudioServer, tmp_path: Path) -> None:
+    project, images = _project(label_studio, 8)
+    tasks = list(images)
+    annotate(label_studio, {task: images[task] for task in tasks[:6]})
+    client = LabelStudioClient(label_studio.url, label_studio.login.token)
+    backend = Backend(load_settings({"MODEL_DIR": str(tmp_path)}))
+    info = client.project(project)
+    row = backend.ingest.introduce(info.key, info.id, label_config=info.label_config)
+
+    def read_back() -> tuple[int, int, int]:
+        with backend.database.reading() as session:
+            current = session.get_one(Project, row.id)
+        done = reconcile(current, client, backend.database, backend.ingest)
+        with backend.database.reading() as session:
+            return done.tasks, annotated_tasks(session, row.id), live_annotations(session, row.id)
+
+    assert read_back() == (6, 6, 6)
+    # The clocks' overlap makes it read some again, which changes nothing.
+    with backend.database.reading() as session:
+        revision = session.get_one(Project, row.id).revision
+    read_back()
+    with backend.database.reading() as session:
+        assert session.get_one(Project, row.id).revision == revision
+
+    # Changed, deleted, skipped and bulk-deleted while nobody listened.
+    first = _call(label_studio, "GET", f"/api/tasks/{tasks[0]}/annotations/")[0]["id"]
+    _call(label_studio, "PATCH", f"/api/annotations/{first}/", {"result": []})
+    second = _call(label_studio, "GET", f"/api/tasks/{tasks[1]}/annotations/")[0]["id"]
+    _call(label_studio, "DELETE", f"/api/annotations/{second}/")
+    _call(label_studio, "DELETE", f"/api/tasks/{tasks[2]}/")
+    third = _call(label_studio, "GET", f"/api/tasks/{tasks[3]}/annotations/")[0]["id"]
+    _call(label_studio, "PATCH", f"/api/annotations/{third}/", {"was_cancelled": True})
+    annotate(label_studio, {tasks[6]: images[tasks[6]]})
+    _, left, annotations = read_back()
+    assert (left, annotations) == (4, 4)
+
+
+def test_only_tasks_that_changed_since_are_asked_for(label_studio: LabelStudioServer) -> None:
+    project, images = _project(label_studio, 6)
+    tasks = list(images)
+    annotate(label_studio, {task: images[task] for task in tasks[:3]})
+    client = LabelStudioClient(label_studio.url, label_studio.login.token)
+    moment = datetime.now(UTC)
+    annotate(label_studio, {tasks[4]: images[tasks[4]]})
+    first = _call(label_studio, "GET", f"/api/tasks/{tasks[0]}/annotations/")[0]["id"]
+    _call(label_studio, "PATCH", f"/api/annotations/{first}/", {"result": []})
+    pages = list(client.annotated_tasks(project, changed_since=moment))
+    assert [task["id"] for page in pages for task in page] == [tasks[0], tasks[4]]
+
+
+@pytest.fixture
+def unstarted(label_studio: LabelStudioServer, tmp_path: Path) -> RunningBackend:
+    """A backend that knows Label Studio and does not run."""
+    return RunningBackend(
+        tmp_path,
+        LABEL_STUDIO_URL=label_studio.url,
+        LABEL_STUDIO_API_KEY=label_studio.login.token,
+    )
+
+
+def test_connecting_says_what_is_wrong(
+    label_studio: LabelStudioServer, unstarted: RunningBackend
+) -> None:
+    classes = '<View><Text name="t" value="$t"/><Choices name="c" toName="t"><Choice value="a"/>'
+    project = _call(
+        label_studio,
+        "POST",
+        "/api/projects/",
+        {"title": "No boxes", "label_config": classes + "</Choices></View>"},
+    )["id"]
+    said = unstarted.failing("connect", "--project", str(project))
+    assert "RectangleLabels" in said
+    said = unstarted.failing("connect", "--project", "999999")
+    assert "999999" in said
+    # The server does not run: Label Studio says so, and so do we.
+    project, _ = _project(label_studio, 1)
+    said = unstarted.failing("connect", "--project", str(project))
+    assert "error" in said
+    assert unstarted.url in said
+
+    unstarted.settings["LABEL_STUDIO_API_KEY"] = "0" * 40
+    assert "Account & Settings" in unstarted.failing("connect", "--project", str(project))
+    del unstarted.settings["LABEL_STUDIO_API_KEY"]
+    assert "LABEL_STUDIO_API_KEY" in unstarted.failing("connect", "--project", str(project))
+
+
+def test_the_doctor_says_what_to_do(
+    label_studio: LabelStudioServer, unstarted: RunningBackend
+) -> None:
+    project, _ = _project(label_studio, 1)
+
+    def errors() -> dict[str, str]:
+        found = unstarted.json("doctor", "--project", str(project), status=1)
+        return {
+            f["what"]: f"{f['detail']} -> {f['remedy']}" for f in found if f["status"] == "error"
+        }
+
+    found = errors()
+    assert set(found) == {"server", "connection"}
+    assert "ml-backend serve" in found["server"]
+    assert f"ml-backend connect --project {project}" in found["connection"]
+    unstarted.start()
+    try:
+        unstarted.command("connect", "--project", str(project), "--url", unstarted.url)
+        unstarted.command("doctor", "--project", str(project))
+        # Somebody removes the connection, or the webhook.
+        (connection,) = _call(label_studio, "GET", f"/api/ml/?project={project}")
+        (hook,) = _call(label_studio, "GET", f"/api/webhooks/?project={project}")
+        _call(label_studio, "DELETE", f"/api/webhooks/{hook['id']}/")
+        assert set(errors()) == {"webhook"}
+        _call(label_studio, "DELETE", f"/api/ml/{connection['id']}")
+        assert set(errors()) == {"connection", "webhook"}
+        unstarted.command("connect", "--project", str(project), "--url", unstarted.url)
+        unstarted.command("doctor", "--project", str(project))
+    finally:
+        unstarted.stop()
+
+
+def test_what_a_request_leaves_over_is_finished_and_imported(
+    label_studio: LabelStudioServer, unstarted: RunningBackend
+) -> None:
+    project, images = _project(label_studio, 60)
+    client = LabelStudioClient(label_studio.url, label_studio.login.token)
+    unstarted.settings["ML_BACKEND_PREDICT_DEADLINE"] = "0.5"
+    cpu = torch.device("cpu")
+    detector = Detector.pretrained(preset_named("tiny", cpu), SHAPES[:3], "none", cpu)
+    detector.thresholds = dict.fromkeys(SHAPES[:3], 0.5)
+    backend = Backend(load_settings(unstarted.settings))
+    key = client.project(project).key
+    make_live(backend, detector, "v1", key=key, label_config=LABEL_CONFIG)
+    backend.database.close()
+    unstarted.start()
+    try:
+        unstarted.command("connect", "--project", str(project), "--url", unstarted.url)
+        # "Retrieve predictions" on the whole project: one request, too long for its deadline.
+        _call(
+            label_studio,
+            "POST",
+            f"/api/dm/actions?id=retrieve_tasks_predictions&project={project}",
+            {"selectedItems": {"all": True, "excluded": []}, "project": str(project)},
+        )
+        (job,) = wait_for(
+            lambda: [j for j in unstarted.json("status")[0]["jobs"] if j["kind"] == "predict"],
+            within=10,
+            what="a job for the left-over tasks",
+        )
+        wait_for(
+            lambda: unstarted.json("status")[0]["jobs"][0]["state"] == "done",
+            within=60,
+            what="the left-over tasks are predicted",
+        )
+        assert "left over" in job["reason"] or "predict" in job["reason"]
+        for task in images:
+            found = _call(label_studio, "GET", f"/api/predictions/?task={task}")
+            assert [p["model_version"] for p in found] == ["v1"]
+    finally:
+        unstarted.stop()
+
+
+def test_the_guard_against_private_addresses_is_explained(tmp_path: Path) -> None:
+    with LabelStudioServer(
+        label_studio_program(),
+        tmp_path / "label-studio",
+        environment={"ML_BLOCK_LOCAL_IP": "true", "SSRF_PROTECTION_ENABLED": "true"},
+    ) as guarded:
+        project, _ = _project(guarded, 1)
+        backend = RunningBackend(
+            tmp_path, LABEL_STUDIO_URL=guarded.url, LABEL_STUDIO_API_KEY=guarded.login.token
+        )
+        backend.start()
+        try:
+            said = backend.failing("connect", "--project", str(project), "--url", backend.url)
+            assert "ML_BLOCK_LOCAL_IP=false" in said
+            assert "SSRF_PROTECTION_ENABLED=false" in said
+        finally:
+            backend.stop()

@@ -1,0 +1,74 @@
+"""Before the first training: what COCO's weights know of a project's labels."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torchvision.models import WeightsEnum
+
+from ml_backend.backend import Backend
+from ml_backend.detection.zoo import PRESETS, build, coco_labels
+from ml_backend.http.app import create_app
+from ml_backend.settings import load_settings
+from tests.conftest import wait_for
+
+CONFIG = """<View><Image name="image" value="$image"/>
+<RectangleLabels name="label" toName="image">
+<Label value="Vehicle" predicted_values="car,truck"/><Label value="Person"/><Label value="Valve"/>
+</RectangleLabels></View>"""
+PRESET = PRESETS["small"]
+KNOWN = coco_labels(PRESET) or ()
+
+
+@pytest.fixture
+def _coco_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Stands in for the download, which not every machine can do: it sees a truck everywhere."""
+    torch.manual_seed(0)
+    state = build(PRESET, len(KNOWN) + 1).state_dict()
+    state["roi_heads.box_predictor.cls_score.bias"][KNOWN.index("truck") + 1] = 12.0
+
+    def get_state_dict(self: WeightsEnum, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return dict(state)
+
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", get_state_dict)
+    yield
+
+
+@pytest.mark.usefixtures("_coco_weights")
+def test_labels_that_coco_knows_are_pre_annotated_before_the_first_training(tmp_path: Path) -> None:
+    settings = {
+        "MODEL_DIR": str(tmp_path),
+        "ML_BACKEND_DEVICE": "cpu",
+        "ML_BACKEND_PRESET": "small",
+        "ML_BACKEND_WEIGHTS": "auto",
+    }
+    backend = Backend(load_settings(settings))
+    client = create_app(backend).test_client()
+    project = {"project": "1.1795463889", "schema": CONFIG}
+    wait_for(
+        lambda: (
+            client.post("/setup", json=project).get_json() == {"model_version": "untrained-coco"}
+        ),
+        within=60,
+        what="the weights are loaded",
+    )
+    buffer = io.BytesIO()
+    Image.new("RGB", (160, 120), "grey").save(buffer, "PNG")
+    image = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    body = {
+        "tasks": [{"id": 1, "data": {"image": image}}],
+        "project": project["project"],
+        "label_config": CONFIG,
+    }
+    (prediction,) = client.post("/predict", json=body).get_json()["results"]
+    assert prediction["model_version"] == "untrained-coco"
+    labels = {r["value"]["rectanglelabels"][0] for r in prediction["result"]}
+    assert labels == {"Vehicle"}
+    backend.models.close()
