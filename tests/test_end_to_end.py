@@ -19,7 +19,7 @@ from ml_backend.label_studio.label_config import parse_label_config
 from ml_backend.label_studio.regions import read_regions
 from tests.conftest import MakeBackend, RunningBackend, wait_for
 
-ANNOTATED = 80
+ANNOTATED = 120
 """Images that the first training learns from; no pretrained weights help it."""
 UNSEEN = 30
 STARRED = 40

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "MPO")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 """Formats that are opened; every other decoder of Pillow stays out of reach."""
 
 # Pillow's own guard warns first and counts differently: ours stands in `decode_image`, per call.
@@ -83,4 +83,4 @@ def _not_an_image(content: bytes) -> str:
         )
     if start.startswith((b"<svg", b"<?xml")):
         return "it is SVG or XML, which is not supported: use PNG or JPEG"
-    return f"it is not an image that is supported ({', '.join(FORMATS[:6])})"
+    return f"it is not an image that is supported ({', '.join(FORMATS)})"

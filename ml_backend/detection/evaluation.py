@@ -6,6 +6,7 @@ matched to boxes once for each image: resampling images then costs no matching.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -203,7 +204,9 @@ def best_thresholds(
             continue
         found = np.cumsum(hits[0])
         f1 = 2 * found / (np.arange(1, len(found) + 1) + support)
-        result[label] = round(float(scores[int(np.argmax(f1))]), 4)
+        # A threshold shows all boxes of a confidence or none of them.
+        f1[:-1][scores[:-1] == scores[1:]] = -1.0
+        result[label] = math.floor(1e4 * float(scores[int(np.argmax(f1))])) / 1e4
     return result
 
 

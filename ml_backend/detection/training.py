@@ -31,6 +31,8 @@ WARM_UP = 0.08
 """Share of the steps in which the learning rate rises."""
 TRUNK_RATE = 0.5
 """Learning rate of a pretrained trunk, relative to the rest."""
+SCRATCH_RATE = 2.0
+"""Learning rate where nothing is pretrained, relative to the preset's."""
 MEMORY = 0.99
 """Decay of the average of the weights, per step."""
 EVALUATIONS = 10
@@ -415,7 +417,7 @@ def _optimizer(module: nn.Module, preset: Preset, pretrained: bool) -> torch.opt
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             (trunk if name.startswith(preset.trunk) else rest).append(parameter)
-    rate = preset.learning_rate
+    rate = preset.learning_rate * (1.0 if pretrained else SCRATCH_RATE)
     groups = [
         {"params": rest, "lr": rate},
         {"params": trunk, "lr": rate * (TRUNK_RATE if pretrained else 1.0)},

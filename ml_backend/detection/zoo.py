@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Literal
 from urllib.error import URLError
 
@@ -318,8 +319,9 @@ def _load_from_file(module: nn.Module, preset: Preset, file: Path) -> LoadedWeig
         else:
             # Never a pickle that runs code: weights only.
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, SafetensorError, ValueError, EOFError) as error:
-        raise ValueError(f"{file} cannot be read as weights: {error}") from error
+    except (OSError, RuntimeError, SafetensorError, ValueError, EOFError, UnpicklingError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{file} cannot be read as weights: {first}") from error
     filled = max(
         (_fill(module, state, prefix, try_only=True), prefix) for prefix in ("", preset.trunk)
     )

@@ -1,0 +1,142 @@
+"""Shared batches: everyone gets their own answer, and nobody pays for a neighbour."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from ml_backend.demo.shapes import generate
+from ml_backend.detection.batching import BatchingPredictor, PredictorClosed
+from ml_backend.detection.detector import Detector
+from ml_backend.detection.types import Detections
+from ml_backend.detection.zoo import PRESETS, fcos_shufflenet
+
+CPU = torch.device("cpu")
+PRESET = replace(PRESETS["tiny"], min_size=96, max_size=160)
+
+
+class _Picky(nn.Module):
+    """Fails on a white image, and out of memory on more than two at a time where told so."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.inner = fcos_shufflenet(outputs)
+        self.transform = self.inner.transform
+        self.most = 100
+        self.batches: list[int] = []
+
+    def forward(self, images: list[torch.Tensor], targets: Any = None) -> Any:
+        self.batches.append(len(images))
+        if len(images) > self.most:
+            raise torch.OutOfMemoryError("no more memory")
+        if any(bool((image == 1).all()) for image in images):
+            raise RuntimeError("white makes me ill")
+        return self.inner(images, targets)
+
+
+@pytest.fixture
+def detector() -> Iterator[Detector]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    made = Detector.pretrained(replace(PRESET, build=_Picky), ("a", "b"), "none", CPU)
+    with torch.no_grad():
+        for name, parameter in made.module.named_parameters():
+            if "cls_logits.weight" in name:
+                parameter.normal_(0, 0.5)
+    yield made
+    torch.set_num_threads(before)
+
+
+def _pictures(count: int) -> list[Image.Image]:
+    return [image.image for image in generate(count, seed=1, width=160, height=120)]
+
+
+def _ask(
+    detector: Detector, images: list[Image.Image]
+) -> tuple[BatchingPredictor, list[Future[Detections]]]:
+    """Asks for all at once: the device is held until every image waits."""
+    held = threading.Lock()
+    held.acquire()
+    predictor = BatchingPredictor(detector, device_lock=held)
+    answers = [predictor.submit(image, floor=0.05) for image in images]
+    held.release()
+    return predictor, answers
+
+
+def test_everyone_gets_their_own_answer(detector: Detector) -> None:
+    images = _pictures(11)
+    alone = [detector.predict([image], floor=0.05)[0] for image in images]
+    predictor, answers = _ask(detector, images)
+    for answer, wanted in zip(answers, alone, strict=True):
+        found = answer.result(60)
+        assert len(found) == len(wanted) > 0
+        assert np.allclose(np.sort(found.scores), np.sort(wanted.scores), atol=1e-3)
+    predictor.close()
+    module = detector.module
+    assert isinstance(module, _Picky)
+    assert max(module.batches[len(images) :]) == PRESET.predict_batch
+
+
+def test_one_image_that_fails_spoils_no_other(detector: Detector) -> None:
+    images = _pictures(6)
+    images[3] = Image.new("RGB", (160, 120), "white")
+    predictor, answers = _ask(detector, images)
+    for number, answer in enumerate(answers):
+        if number == 3:
+            with pytest.raises(RuntimeError, match="white makes me ill"):
+                answer.result(60)
+        else:
+            assert len(answer.result(60)) > 0
+    predictor.close()
+
+
+def test_out_of_memory_halves_the_batches(detector: Detector) -> None:
+    module = detector.module
+    assert isinstance(module, _Picky)
+    module.most = 2
+    predictor, answers = _ask(detector, _pictures(8))
+    assert all(len(answer.result(60)) > 0 for answer in answers)
+    module.batches.clear()
+    assert len(predictor.submit(_pictures(1)[0]).result(60)) > 0
+    assert max(module.batches) <= 2
+    predictor.close()
+
+
+def test_a_floor_holds_for_who_asked_for_it(detector: Detector) -> None:
+    (image,) = _pictures(1)
+    predictor = BatchingPredictor(detector)
+    low = predictor.submit(image, floor=0.05)
+    high = predictor.submit(image, floor=0.6)
+    assert low.result(60).scores.min() < 0.6
+    assert (high.result(60).scores >= 0.6).all()
+    predictor.close()
+
+
+def test_what_was_asked_before_the_end_is_answered(detector: Detector) -> None:
+    predictor, answers = _ask(detector, _pictures(10))
+    predictor.close()
+    assert all(answer.result(60) is not None for answer in answers)
+    with pytest.raises(PredictorClosed):
+        predictor.submit(_pictures(1)[0])
+
+
+def test_many_may_ask_at_the_same_time(detector: Detector) -> None:
+    images = _pictures(4)
+    wanted = [len(detector.predict([image], floor=0.05)[0]) for image in images]
+    predictor = BatchingPredictor(detector)
+    with ThreadPoolExecutor(12) as pool:
+        found = list(
+            pool.map(lambda n: len(predictor.submit(images[n % 4]).result(120)), range(48))
+        )
+    assert found == [wanted[n % 4] for n in range(48)]
+    predictor.close()

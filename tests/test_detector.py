@@ -1,0 +1,204 @@
+"""Detectors: built, saved, given other labels, and filled with weights."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from ml_backend.demo.shapes import generate
+from ml_backend.detection.detector import CorruptDetector, Detector
+from ml_backend.detection.device import DeviceError, own_device, resolve_device
+from ml_backend.detection.zoo import PRESETS, build, fcos_shufflenet, preset_named
+
+CPU = torch.device("cpu")
+LABELS = ("car", "person", "valve")
+MINE = replace(PRESETS["tiny"], name="mine", min_size=96, max_size=160)
+"""A preset that somebody declares elsewhere: found by its import path."""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(before)
+
+
+def _pictures() -> list[Image.Image]:
+    return [image.image for image in generate(2, seed=1, width=160, height=120)]
+
+
+def _detector(labels: tuple[str, ...] = LABELS) -> Detector:
+    detector = Detector.pretrained(PRESETS["tiny"], labels, "none", CPU)
+    # Untrained, it would find each class with the same tiny confidence everywhere.
+    with torch.no_grad():
+        for name, parameter in detector.module.named_parameters():
+            if "cls_logits.weight" in name:
+                parameter.normal_(0, 0.5)
+    return detector
+
+
+def test_what_is_saved_finds_the_same_again(tmp_path: Path) -> None:
+    detector = _detector()
+    detector.thresholds = {"car": 0.25}
+    detector.save(tmp_path)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".json"}
+    loaded = Detector.load(tmp_path, CPU)
+    assert (loaded.labels, loaded.thresholds) == (LABELS, {"car": 0.25})
+    for before, after in zip(
+        detector.predict(_pictures()), loaded.predict(_pictures()), strict=True
+    ):
+        assert len(before) > 0
+        assert np.array_equal(before.boxes, after.boxes)
+        assert np.array_equal(before.scores, after.scores)
+        assert np.array_equal(before.labels, after.labels)
+
+
+@pytest.mark.parametrize("harm", ["truncated", "missing", "no card", "other preset", "pickle"])
+def test_a_damaged_detector_is_named(tmp_path: Path, harm: str) -> None:
+    _detector().save(tmp_path)
+    weights, card = tmp_path / "model.safetensors", tmp_path / "detector.json"
+    if harm == "truncated":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif harm == "missing":
+        weights.unlink()
+    elif harm == "no card":
+        card.write_text("{")
+    elif harm == "other preset":
+        card.write_text(card.read_text().replace('"tiny"', '"small"'))
+    else:
+        weights.write_bytes(pickle.dumps({"a": torch.zeros(1)}))
+    with pytest.raises(CorruptDetector, match=str(tmp_path)):
+        Detector.load(tmp_path, CPU)
+
+
+def test_boxes_lie_in_the_images_own_pixels_and_come_in_order() -> None:
+    (found,) = _detector().predict([Image.new("RGB", (500, 90), "grey")], floor=0.0)
+    assert (np.diff(found.scores) <= 0).all()
+    assert (found.boxes >= 0).all()
+    assert found.boxes[:, [0, 2]].max() <= 500
+    assert found.boxes[:, [1, 3]].max() <= 90
+    assert set(found.labels.tolist()) <= {0, 1, 2}
+
+
+def _logits(detector: Detector) -> dict[str, torch.Tensor]:
+    """Raw class outputs of one image, by label: before any threshold or suppression."""
+    features = detector.module.backbone(torch.full((1, 3, 96, 96), 0.3))  # type: ignore[operator]
+    with torch.inference_mode():
+        out = detector.module.head(list(features.values()))["cls_logits"]  # type: ignore[operator]
+    return {label: out[..., i + 1] for i, label in enumerate(detector.labels)}
+
+
+def test_labels_come_and_go_and_the_others_keep_what_they_learned() -> None:
+    before = _detector()
+    after = before.with_labels(("valve", "new", "car"))
+    assert after.labels == ("valve", "new", "car")
+    old, new = _logits(before), _logits(after)
+    for label in ("valve", "car"):
+        assert torch.allclose(old[label], new[label], atol=1e-6)
+    assert not any(torch.allclose(new["new"], logits) for logits in old.values())
+    assert _logits(after.with_labels(("car",))).keys() == {"car"}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_learns_and_predicts(name: str) -> None:
+    preset = replace(PRESETS[name], min_size=96, max_size=160)
+    module = build(preset, 4).train()
+    images = [torch.rand(3, 96, 128), torch.rand(3, 112, 96)]
+    targets = [
+        {"boxes": torch.tensor([[10.0, 10.0, 60.0, 50.0]]), "labels": torch.tensor([2])},
+        {"boxes": torch.zeros((0, 4)), "labels": torch.zeros(0, dtype=torch.int64)},
+    ]
+    losses = module(images, targets)
+    loss = torch.stack(list(losses.values())).sum()
+    assert torch.isfinite(loss)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
+    with torch.inference_mode():
+        found = module.eval()(images)
+    assert [set(f) >= {"boxes", "scores", "labels"} for f in found] == [True, True]
+
+
+def test_a_preset_may_live_anywhere() -> None:
+    assert preset_named("tests.test_detector:MINE", CPU) is MINE
+    assert preset_named("auto", CPU).name == "tiny"
+    with pytest.raises(ValueError, match="auto, tiny, small, accurate, or an import path"):
+        preset_named("huge", CPU)
+    with pytest.raises(ValueError, match="cannot be imported"):
+        preset_named("tests.nowhere:MINE", CPU)
+    with pytest.raises(ValueError, match="is not a Preset"):
+        preset_named("tests.test_detector:LABELS", CPU)
+
+
+def test_a_trunks_weights_are_taken_from_a_file(tmp_path: Path) -> None:
+    trunk = fcos_shufflenet(2).backbone.body  # type: ignore[union-attr]
+    assert isinstance(trunk, nn.Module)
+    file = tmp_path / "trunk.pth"
+    torch.save(trunk.state_dict(), file)
+    detector = Detector.pretrained(PRESETS["tiny"], LABELS, str(file), CPU)
+    assert detector.weights.kind == "file"
+    assert "trunk.pth" in detector.weights.detail
+    filled = detector.module.backbone.body.state_dict()  # type: ignore[union-attr]
+    assert all(torch.equal(filled[k], v) for k, v in trunk.state_dict().items())
+
+
+class _Code:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (print, ("this pickle ran",))
+
+
+def test_a_file_that_does_not_fit_or_runs_code_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.pth"
+    torch.save({"layer.weight": torch.zeros(3)}, other)
+    with pytest.raises(ValueError, match="none of its 1 tensors fits"):
+        Detector.pretrained(PRESETS["tiny"], LABELS, str(other), CPU)
+    code = tmp_path / "code.pth"
+    code.write_bytes(pickle.dumps(_Code()))
+    with pytest.raises(ValueError, match="cannot be read as weights"):
+        Detector.pretrained(PRESETS["tiny"], LABELS, str(code), CPU)
+    assert "this pickle ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_without_a_download_a_training_starts_from_nothing_and_says_so(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for proxy in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(proxy, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    detector = Detector.pretrained(PRESETS[name], LABELS, "auto", CPU)
+    assert detector.weights.kind == "none"
+    assert "cannot be downloaded" in detector.weights.detail
+    assert Detector.coco(PRESETS[name], CPU) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_never_replaced_silently() -> None:
+    assert resolve_device("cpu") == CPU
+    for name in ("cuda", "cuda:1"):
+        with pytest.raises(DeviceError, match="ML_BACKEND_DEVICE=cpu"):
+            resolve_device(name)
+
+
+def test_a_gpu_has_one_process(tmp_path: Path) -> None:
+    gpus = [torch.device("cuda", 0), torch.device("cuda", 1)]
+    # Two owners within this process stand for two processes: the locks are the files'.
+    assert own_device(gpus, tmp_path) == gpus[0]
+    assert own_device(gpus, tmp_path) == gpus[1]
+    with pytest.raises(DeviceError, match="WORKERS=2"):
+        own_device(gpus, tmp_path)
+    assert own_device([CPU], tmp_path) == CPU
+    assert own_device([CPU], tmp_path) == CPU

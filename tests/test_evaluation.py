@@ -1,0 +1,173 @@
+"""Average precision against COCO's own evaluation, and the intervals and thresholds built on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from faster_coco_eval import COCO
+from faster_coco_eval.core.faster_eval_api import COCOeval_faster
+
+from ml_backend.detection.evaluation import (
+    best_thresholds,
+    bootstrap_interval,
+    compare,
+    evaluate,
+)
+from ml_backend.detection.types import Detections, Sample
+
+LABELS = ("car", "person", "valve", "never")
+
+
+def _scene(seed: int, images: int, *, noise: float = 6.0) -> tuple[list[Detections], list[Sample]]:
+    """Boxes, and detections of them: moved, missed, doubled, invented, of the wrong class."""
+    random = np.random.default_rng(seed)
+    found, truth = [], []
+    for number in range(images):
+        count = int(random.integers(0, 8))
+        corner = random.uniform(0, 300, (count, 2))
+        boxes = np.concatenate([corner, corner + random.uniform(15, 120, (count, 2))], 1)
+        labels = random.integers(0, 3, count)
+        keep = random.random(count) < 0.8
+        twice = random.random(count) < 0.2
+        moved = np.concatenate([boxes[keep], boxes[twice]])
+        moved = moved + random.normal(0, noise, moved.shape)
+        names = np.concatenate([labels[keep], labels[twice]])
+        wrong = random.random(len(names)) < 0.1
+        names[wrong] = random.integers(0, 4, int(wrong.sum()))
+        invented = random.uniform(0, 300, (int(random.integers(0, 4)), 2))
+        moved = np.concatenate([moved, np.concatenate([invented, invented + 40], 1)])
+        names = np.concatenate([names, random.integers(0, 4, len(invented))])
+        good = (moved[:, 2:] > moved[:, :2]).all(1)
+        scores = random.permutation(len(moved)) / max(1, len(moved)) * 0.9 + 0.05
+        found.append(
+            Detections(
+                moved[good].astype(np.float32),
+                scores[good].astype(np.float32),
+                names[good].astype(np.int64),
+            )
+        )
+        truth.append(
+            Sample(str(number), Path("x"), boxes.astype(np.float32), labels.astype(np.int64))
+        )
+    return found, truth
+
+
+def _oracle(found: list[Detections], truth: list[Sample]) -> Any:
+    def coco_box(box: Any) -> list[float]:
+        x1, y1, x2, y2 = map(float, box)
+        return [x1, y1, x2 - x1, y2 - y1]
+
+    annotations = [
+        {
+            "image_id": i,
+            "category_id": int(label) + 1,
+            "bbox": coco_box(box),
+            "area": coco_box(box)[2] * coco_box(box)[3],
+            "iscrowd": 0,
+        }
+        for i, sample in enumerate(truth)
+        for box, label in zip(sample.boxes, sample.labels, strict=True)
+    ]
+    for number, annotation in enumerate(annotations, 1):
+        annotation["id"] = number
+    reference = COCO(
+        {
+            "images": [{"id": i, "width": 500, "height": 500} for i in range(len(truth))],
+            "categories": [{"id": c + 1, "name": name} for c, name in enumerate(LABELS)],
+            "annotations": annotations,
+        }
+    )
+    detections = [
+        {"image_id": i, "category_id": int(c) + 1, "bbox": coco_box(box), "score": float(score)}
+        for i, d in enumerate(found)
+        for box, score, c in zip(d.boxes, d.scores, d.labels, strict=True)
+    ]
+    judge = COCOeval_faster(reference, reference.loadRes(detections), "bbox", print_function=_quiet)
+    judge.run()
+    return judge.eval["precision"]
+
+
+def _quiet(*_: object) -> None:
+    """The oracle prints; nobody reads it."""
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_it_agrees_with_cocos_evaluation(seed: int) -> None:
+    found, truth = _scene(seed, 40)
+    ours = evaluate(found, truth, LABELS)
+    # [thresholds, recalls, classes, areas, most detections]: all areas, 100 detections.
+    precision = _oracle(found, truth)[:, :, :, 0, -1]
+    for c, label in enumerate(LABELS[:3]):
+        quality = ours.per_class[label]
+        assert quality.ap50 == pytest.approx(precision[0, :, c].mean(), abs=1e-3)
+        assert quality.ap == pytest.approx(precision[:, :, c].mean(), abs=1e-3)
+    assert ours.map50 == pytest.approx(precision[0, :, :3].mean(), abs=1e-3)
+    assert ours.map == pytest.approx(precision[:, :, :3].mean(), abs=1e-3)
+    assert ours.per_class["never"].ap50 is None
+    assert ours.per_class["never"].support == 0
+
+
+def test_perfect_and_absent_detections_are_one_and_nought() -> None:
+    _, truth = _scene(0, 10)
+    perfect = [
+        Detections(s.boxes, np.full(len(s.labels), 0.9, np.float32), s.labels) for s in truth
+    ]
+    assert evaluate(perfect, truth, LABELS).map == pytest.approx(1.0)
+    nothing = [Detections.empty() for _ in truth]
+    assert evaluate(nothing, truth, LABELS).map50 == 0
+    assert evaluate(nothing[:0], [], LABELS).map50 == 0
+
+
+def test_the_interval_holds_the_estimate_and_narrows_with_more_images() -> None:
+    widths = {}
+    for images in (10, 160):
+        found, truth = _scene(3, images)
+        interval = bootstrap_interval(found, truth, LABELS, seed=0)
+        assert interval.low <= evaluate(found, truth, LABELS).map50 <= interval.high
+        assert interval == bootstrap_interval(found, truth, LABELS, seed=0)
+        widths[images] = interval.high - interval.low
+    assert widths[160] < 0.6 * widths[10]
+
+
+def test_a_detector_compared_with_itself_is_no_different() -> None:
+    found, truth = _scene(1, 30)
+    same = compare(found, found, truth, LABELS, seed=0)
+    assert (same.delta, same.low, same.high, same.probability_better) == (0, 0, 0, 0)
+
+
+def test_the_worse_of_two_detectors_is_found() -> None:
+    good, truth = _scene(1, 60, noise=2)
+    bad = [d.where(np.arange(len(d)) % 2 == 0) for d in good]
+    worse = compare(bad, good, truth, LABELS, seed=0)
+    better = compare(good, bad, truth, LABELS, seed=0)
+    assert worse.high < 0 < better.low
+    assert better.delta == pytest.approx(-worse.delta)
+    assert better.probability_better > 0.99 > 0.01 > worse.probability_better
+    assert set(better.per_class) == set(LABELS[:3])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_thresholds_have_the_best_f1(seed: int) -> None:
+    found, truth = _scene(seed, 30)
+    chosen = best_thresholds(found, truth, LABELS)
+    for c, label in enumerate(LABELS[:3]):
+        support = sum(int((s.labels == c).sum()) for s in truth)
+
+        def f1(threshold: float, c: int = c, support: int = support) -> float:
+            kept = [d.where((d.labels == c) & (d.scores >= threshold)) for d in found]
+            shown = sum(map(len, kept))
+            recall = evaluate(kept, truth, LABELS).per_class[LABELS[c]].recall or 0.0
+            return 2 * recall * support / max(1, shown + support)
+
+        best = max(f1(t) for t in np.unique(np.concatenate([d.scores for d in found])))
+        assert f1(chosen[label]) >= best - 1e-9
+    assert chosen["never"] == 0.5
+
+
+def test_every_image_needs_its_detections() -> None:
+    found, truth = _scene(0, 3)
+    with pytest.raises(ValueError, match="2 predictions for 3 samples"):
+        evaluate(found[:2], truth, LABELS)
