@@ -281,7 +281,7 @@ class _Run:
 
     def _look(self, fraction: float) -> None:
         """Measures the averaged weights on the validation samples; keeps the best."""
-        module = self._finished()
+        module = self._averaged()
         judge = copy.copy(self.detector)
         judge.module = module
         found = []
@@ -298,12 +298,16 @@ class _Run:
         else:
             self._since_best += 1
 
-    def _finished(self) -> nn.Module:
+    def _averaged(self) -> nn.Module:
         module: nn.Module = copy.deepcopy(self._average.module)
-        if self._best is not None:
-            module.load_state_dict(self._best[1])
         module.transform._skip_resize = False  # type: ignore[union-attr]
         return module.eval()
+
+    def _finished(self) -> nn.Module:
+        module = self._averaged()
+        if self._best is not None:
+            module.load_state_dict(self._best[1])
+        return module
 
 
 class _Images:
