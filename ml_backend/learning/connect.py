@@ -92,18 +92,30 @@ def _connection(
         }
     else:
         fields["auth_method"] = "NONE"
-    ours = [b for b in client.ml_backends(project) if b["url"].rstrip("/") == url]
-    if not ours:
-        client.add_ml_backend(**fields)
-        done.steps.append(f"connected {url} as {done.version}")
-        return
-    first, *others = ours
-    for double in others:
+    before = _ours(client, project, url)
+    for double in before[1:]:
         client.delete_ml_backend(double["id"])
         done.steps.append(f"removed the double connection {double['id']}")
-    # The password cannot be read back: it is sent again each time.
-    client.update_ml_backend(first["id"], **fields)
-    done.steps.append(f"the connection was there; its title is {done.version}")
+    if not before:
+        client.add_ml_backend(**fields)
+    else:
+        # The password cannot be read back: it is sent again each time.
+        client.update_ml_backend(before[0]["id"], **fields)
+    # The running server knows whether COCO's weights serve before the first training.
+    for connection in _ours(client, project, url):
+        told = connection.get("model_version")
+        if told and told != done.version:
+            done.version = str(told)
+            client.update_ml_backend(connection["id"], **fields | {"title": done.version})
+    done.steps.append(
+        f"connected {url} as {done.version}"
+        if not before
+        else f"the connection was there; its title is {done.version}"
+    )
+
+
+def _ours(client: LabelStudioClient, project: int, url: str) -> list[dict[str, Any]]:
+    return [b for b in client.ml_backends(project) if b["url"].rstrip("/") == url]
 
 
 def _webhook(
