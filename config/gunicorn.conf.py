@@ -25,6 +25,8 @@ graceful_timeout = 30
 keepalive = 5
 loglevel = _settings.log_level.lower()
 accesslog = None
+# It would lie in the home folder; `ml-backend` is the way to ask and to steer.
+control_socket_disable = True
 
 if workers > 1:
     # Prometheus' counters of several processes meet in files; they start at nought with us.

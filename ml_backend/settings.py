@@ -138,6 +138,13 @@ class Settings(BaseSettings):
         if (self.basic_auth_user is None) != (self.basic_auth_pass is None):
             missing = "BASIC_AUTH_PASS" if self.basic_auth_pass is None else "BASIC_AUTH_USER"
             raise ValueError(f"{missing} is missing: basic authentication needs a user and a pass")
+        for name, text in zip(("BASIC_AUTH_USER", "BASIC_AUTH_PASS"), self.basic_auth or ("", ""), strict=True):
+            try:
+                text.encode("latin-1")
+            except UnicodeEncodeError:
+                raise ValueError(
+                    f"{name} has letters that Label Studio cannot send: use those of Latin-1"
+                ) from None
         return self
 
     @property

@@ -556,8 +556,17 @@ def test_basic_authentication_guards_all_but_health(serve: Serve) -> None:
         assert answer.status_code < 500
 
 
-def _basic(user: str, password: str) -> str:
-    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+@pytest.mark.parametrize("charset", ["utf-8", "latin-1"])
+def test_credentials_are_right_in_either_charset(serve: Serve, charset: str) -> None:
+    served = serve(BASIC_AUTH_USER="änn", BASIC_AUTH_PASS="pa:ss wörd")
+    right = {"Authorization": _basic("änn", "pa:ss wörd", charset)}
+    assert served.client.get("/versions", headers=right).status_code == 200
+    wrong = {"Authorization": _basic("änn", "pa:ss word", charset)}
+    assert served.client.get("/versions", headers=wrong).status_code == 401
+
+
+def _basic(user: str, password: str, charset: str = "utf-8") -> str:
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode(charset)).decode()
 
 
 def test_a_webhook_needs_the_right_secret(serve: Serve) -> None:

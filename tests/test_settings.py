@@ -33,6 +33,7 @@ def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
         ({"DATABASE_URL": "mysql://x"}, ["DATABASE_URL", "postgresql://"]),
         ({"QUEUE_URL": "amqp://x"}, ["QUEUE_URL", "redis://"]),
         ({"BASIC_AUTH_USER": "me"}, ["BASIC_AUTH_PASS"]),
+        ({"BASIC_AUTH_USER": "me", "BASIC_AUTH_PASS": "пароль"}, ["BASIC_AUTH_PASS", "Latin-1"]),
         ({"ML_BACKEND_CONFIG": "/no/such/file"}, ["ML_BACKEND_CONFIG"]),
     ],
 )

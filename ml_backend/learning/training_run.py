@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import secrets
-import tempfile
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -124,18 +124,24 @@ class TrainingRun:
             config = parse_label_config(project.label_config)
         except LabelConfigError as error:
             raise TrainingRefused(f"refused because of the label config: {error}") from error
-        with tempfile.TemporaryDirectory(prefix="training-") as folder:
+        # One training per project at a time: what is there was left by one that was killed.
+        folder = self._settings.model_dir / "training" / project.key
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        try:
             dataset = build_dataset(
                 project,
                 config,
                 self._database,
                 self._label_studios.images(project),
-                Path(folder),
+                folder,
                 max_pixels=self._settings.image_max_pixels,
                 on_progress=lambda f, words: self._progress(0.1 * f, words),
             )
             _check(dataset)
             return self._learn(project, dataset, started)
+        finally:
+            shutil.rmtree(folder)
 
     def _read_back(self, project_id: int) -> Project:
         with self._database.reading() as session:
