@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from typing import TYPE_CHECKING
 
 from ml_backend.label_studio.images import DiskCache
 from ml_backend.learning.in_step import InStep
@@ -11,19 +12,22 @@ from ml_backend.learning.ingest import Ingest
 from ml_backend.learning.jobs import Jobs
 from ml_backend.learning.label_studios import LabelStudios
 from ml_backend.learning.leftovers import Leftovers
-from ml_backend.learning.models import Models
 from ml_backend.learning.promotion import Versions
-from ml_backend.learning.serving import Serving
 from ml_backend.learning.worker import Tasks, Worker, make_queue
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
 from ml_backend.store.registry import Registry
 
+if TYPE_CHECKING:
+    from ml_backend.learning.models import Models
+    from ml_backend.learning.serving import Serving
+
 
 class Backend:
     """The parts of a running backend, each made when it is first needed.
 
-    Server, worker, training process and command line are made of the same parts.
+    Server, worker, training process and command line are made of the same parts; torch, which
+    takes seconds to import, is imported only by those that use it.
 
     Args:
         settings: what the admin set.
@@ -74,6 +78,8 @@ class Backend:
     @functools.cached_property
     def models(self) -> Models:
         """Loaded detectors; follows promotions from the first use on."""
+        from ml_backend.learning.models import Models
+
         models = Models(self.settings, self.database, self.registry)
         threading.Thread(target=models.watch, name="models", daemon=True).start()
         return models
@@ -81,6 +87,8 @@ class Backend:
     @functools.cached_property
     def serving(self) -> Serving:
         """Predictions."""
+        from ml_backend.learning.serving import Serving
+
         return Serving(self.settings, self.models, self.label_studios)
 
     @functools.cached_property

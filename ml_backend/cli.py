@@ -126,7 +126,10 @@ def connect(
     project: _Project,
     url: Annotated[
         str | None,
-        typer.Option(help="This backend's address as Label Studio reaches it."),
+        typer.Option(
+            help="This backend's address as Label Studio reaches it; by default the one that the "
+            "project was connected with, or else HOST and PORT."
+        ),
     ] = None,
     as_json: _Json = False,
 ) -> None:
@@ -142,11 +145,8 @@ def connect(
             "connecting needs LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY (Label Studio shows the "
             "token under Account & Settings)"
         )
-    address = url or f"http://{settings.host}:{settings.port}"
     try:
-        done = connect_project(
-            client, project, address, settings, backend.database, backend.ingest, backend.models
-        )
+        done = connect_project(client, project, url, settings, backend.database, backend.ingest)
     except (LabelStudioError, LabelConfigError) as error:
         raise _fail(str(error)) from None
     if as_json:
@@ -376,7 +376,7 @@ def _migrate(settings: Settings) -> None:
 
 
 def _say_what_is_missing(settings: Settings, device: str) -> None:
-    _err.print(f"ML backend on http://{settings.host}:{settings.port}, {device}", highlight=False)
+    _err.print(f"ML backend on {settings.own_url}, {device}", highlight=False)
     if settings.label_studio_url is None or settings.label_studio_api_key is None:
         _err.print(
             "[yellow]LABEL_STUDIO_URL or LABEL_STUDIO_API_KEY is not set:[/] uploaded images "

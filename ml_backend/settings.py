@@ -138,7 +138,9 @@ class Settings(BaseSettings):
         if (self.basic_auth_user is None) != (self.basic_auth_pass is None):
             missing = "BASIC_AUTH_PASS" if self.basic_auth_pass is None else "BASIC_AUTH_USER"
             raise ValueError(f"{missing} is missing: basic authentication needs a user and a pass")
-        for name, text in zip(("BASIC_AUTH_USER", "BASIC_AUTH_PASS"), self.basic_auth or ("", ""), strict=True):
+        for name, text in zip(
+            ("BASIC_AUTH_USER", "BASIC_AUTH_PASS"), self.basic_auth or ("", ""), strict=True
+        ):
             try:
                 text.encode("latin-1")
             except UnicodeEncodeError:
@@ -158,6 +160,12 @@ class Settings(BaseSettings):
         if self.basic_auth_user is None or self.basic_auth_pass is None:
             return None
         return self.basic_auth_user, self.basic_auth_pass.get_secret_value()
+
+    @property
+    def own_url(self) -> str:
+        """Its own address, as this machine reaches it."""
+        host = "127.0.0.1" if self.host in {"0.0.0.0", "::"} else self.host  # noqa: S104
+        return f"http://{host}:{self.port}"
 
     @property
     def training_threads(self) -> int:

@@ -196,13 +196,13 @@ def make_backend(tmp_path: Path) -> Iterator[MakeBackend]:
         backend.stop()
 
 
-def wait_for(condition: Callable[[], Any], *, within: float, what: str) -> Any:
+def wait_for(condition: Callable[[], Any], *, within: float, what: str, every: float = 0.25) -> Any:
     """Waits until a condition answers something true; answers that."""
     until = time.monotonic() + within
     while time.monotonic() < until:
         if found := condition():
             return found
-        time.sleep(0.25)
+        time.sleep(every)
     raise AssertionError(f"not within {within:g} s: {what}")
 
 

@@ -147,7 +147,8 @@ def a_training_ends(backend: RunningBackend, *, after: int, within: float) -> di
         return None
 
     try:
-        job: dict[str, Any] = wait_for(ended, within=within, what="a training ends")
+        # Seldom, because asking takes time from the training, which gives way to everything.
+        job: dict[str, Any] = wait_for(ended, within=within, what="a training ends", every=10)
     except AssertionError:
         raise AssertionError(f"{trainings(backend)}\n{backend.tail()}") from None
     return job

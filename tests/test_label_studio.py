@@ -280,6 +280,14 @@ def test_the_doctor_says_what_to_do(
         assert set(errors()) == {"connection", "webhook"}
         unstarted.command("connect", "--project", str(project), "--url", unstarted.url)
         unstarted.command("doctor", "--project", str(project))
+        # Under another address it moves, and stays there when none is given.
+        moved = unstarted.url.replace("127.0.0.1", "localhost")
+        for address in (["--url", moved], []):
+            unstarted.command("connect", "--project", str(project), *address)
+            (connection,) = _call(label_studio, "GET", f"/api/ml/?project={project}")
+            (hook,) = _call(label_studio, "GET", f"/api/webhooks/?project={project}")
+            assert (connection["url"], hook["url"]) == (moved, f"{moved}/webhook")
+        unstarted.command("doctor", "--project", str(project))
     finally:
         unstarted.stop()
 

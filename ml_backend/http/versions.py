@@ -6,8 +6,7 @@ from flask import Blueprint
 from sqlalchemy import select
 
 from ml_backend.http.current import backend
-from ml_backend.learning.models import UNTRAINED
-from ml_backend.store.tables import ModelVersion
+from ml_backend.store.tables import UNTRAINED, ModelVersion
 
 blueprint = Blueprint("versions", __name__)
 

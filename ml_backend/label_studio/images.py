@@ -208,11 +208,12 @@ class ImageSource:
 
     def _download(self, url: str) -> bytes:
         deadline = time.monotonic() + self._timeout
-        address, refreshed = url, False
-        for _ in range(REDIRECTS + 2):
+        address, redirects, refreshed = url, 0, False
+        while redirects <= REDIRECTS:
             try:
                 with self._get(address, deadline) as response:
                     if response.is_redirect:
+                        redirects += 1
                         address = urljoin(address, response.headers["Location"])
                         if not address.startswith(("http://", "https://")):
                             raise ImageUnavailable(f"{url} is redirected to {address[:100]}")

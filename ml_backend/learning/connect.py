@@ -9,7 +9,6 @@ from typing import Any
 from ml_backend.label_studio.client import LabelStudioClient
 from ml_backend.label_studio.label_config import parse_label_config
 from ml_backend.learning.ingest import Ingest
-from ml_backend.learning.models import Models
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
 from ml_backend.store.tables import Project
@@ -42,45 +41,52 @@ def webhook_headers(settings: Settings) -> dict[str, str]:
 def connect(
     client: LabelStudioClient,
     label_studio_id: int,
-    url: str,
+    url: str | None,
     settings: Settings,
     database: Database,
     ingest: Ingest,
-    models: Models,
 ) -> Connected:
     """Connects this backend to a project.
 
     Args:
         client: of the Label Studio that holds it.
         label_studio_id: the project's id there.
-        url: this backend's address, as Label Studio reaches it.
+        url: this backend's address, as Label Studio reaches it; by default the one that the
+            project was connected with, or else the settings'.
         settings: credentials and the webhook's secret.
         database: remembers the address.
         ingest: makes the project known.
-        models: knows the version.
 
     Raises:
         LabelStudioError: Label Studio refuses; the text says why and what to do.
         LabelConfigError: the label config has nothing to detect.
     """
-    url = url.rstrip("/")
     info = client.project(label_studio_id)
     parse_label_config(info.label_config)
     project = ingest.introduce(info.key, info.id, label_config=info.label_config)
     with database.session() as session:
         stored = session.get_one(Project, project.id)
         stored.title = info.title
-        stored.connection_url = url
         stored.is_default = True
-    done = Connected(info.key, models.version(project))
-    _connection(client, label_studio_id, url, settings, done)
-    _webhook(client, label_studio_id, url, settings, done)
+    url = (url or stored.connection_url or settings.own_url).rstrip("/")
+    # What was connected under an address that is given up moves along, and is not left behind.
+    known = {url, stored.connection_url or url}
+    done = Connected(info.key, project.version)
+    _connection(client, label_studio_id, url, known, settings, done)
+    _webhook(client, label_studio_id, url, known, settings, done)
     _project(client, label_studio_id, done)
+    with database.session() as session:
+        session.get_one(Project, project.id).connection_url = url
     return done
 
 
 def _connection(
-    client: LabelStudioClient, project: int, url: str, settings: Settings, done: Connected
+    client: LabelStudioClient,
+    project: int,
+    url: str,
+    known: set[str],
+    settings: Settings,
+    done: Connected,
 ) -> None:
     fields: dict[str, Any] = {"url": url, "title": done.version, "project": project}
     if settings.basic_auth is not None:
@@ -92,7 +98,7 @@ def _connection(
         }
     else:
         fields["auth_method"] = "NONE"
-    before = _ours(client, project, url)
+    before = _ours(client, project, known)
     for double in before[1:]:
         client.delete_ml_backend(double["id"])
         done.steps.append(f"removed the double connection {double['id']}")
@@ -102,7 +108,7 @@ def _connection(
         # The password cannot be read back: it is sent again each time.
         client.update_ml_backend(before[0]["id"], **fields)
     # The running server knows whether COCO's weights serve before the first training.
-    for connection in _ours(client, project, url):
+    for connection in _ours(client, project, {url}):
         told = connection.get("model_version")
         if told and told != done.version:
             done.version = str(told)
@@ -114,12 +120,17 @@ def _connection(
     )
 
 
-def _ours(client: LabelStudioClient, project: int, url: str) -> list[dict[str, Any]]:
-    return [b for b in client.ml_backends(project) if b["url"].rstrip("/") == url]
+def _ours(client: LabelStudioClient, project: int, known: set[str]) -> list[dict[str, Any]]:
+    return [b for b in client.ml_backends(project) if b["url"].rstrip("/") in known]
 
 
 def _webhook(
-    client: LabelStudioClient, project: int, url: str, settings: Settings, done: Connected
+    client: LabelStudioClient,
+    project: int,
+    url: str,
+    known: set[str],
+    settings: Settings,
+    done: Connected,
 ) -> None:
     address = f"{url}/webhook"
     wanted: dict[str, Any] = {
@@ -130,7 +141,8 @@ def _webhook(
         "send_payload": True,
         "send_for_all_actions": True,
     }
-    ours = [w for w in client.webhooks(project) if w["url"] == address]
+    addresses = {f"{url}/webhook" for url in known}
+    ours = [w for w in client.webhooks(project) if w["url"] in addresses]
     if not ours:
         client.create_webhook(**wanted)
         done.steps.append("created the webhook")

@@ -20,7 +20,6 @@ from ml_backend.label_studio.images import ImageUnavailable, route_of
 from ml_backend.label_studio.label_config import LabelConfigError, parse_label_config
 from ml_backend.learning.connect import webhook_headers
 from ml_backend.learning.label_studios import LabelStudios
-from ml_backend.learning.models import UNTRAINED
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
 from ml_backend.store.tables import Project, now
@@ -130,8 +129,7 @@ class Doctor:
         return Finding("weights", "ok", f"{preset.name}: {loaded.detail}")
 
     def _server(self) -> Finding:
-        host = "127.0.0.1" if self._settings.host in {"0.0.0.0", "::"} else self._settings.host  # noqa: S104
-        url = f"http://{host}:{self._settings.port}"
+        url = self._settings.own_url
         try:
             requests.get(f"{url}/health", timeout=2).raise_for_status()
         except requests.RequestException as error:
@@ -193,7 +191,7 @@ class Doctor:
             return Finding(
                 "connection", "error", f"{project.connection_url} is not connected", again
             )
-        version = project.live_version or UNTRAINED
+        version = project.version
         try:
             # Label Studio checks address, health and setup whenever a connection is written.
             client.update_ml_backend(

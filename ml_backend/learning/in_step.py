@@ -11,7 +11,6 @@ import logging
 
 from ml_backend.label_studio.client import LabelStudioError
 from ml_backend.learning.label_studios import LabelStudios
-from ml_backend.learning.models import version_of
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
 from ml_backend.store.tables import Project
@@ -41,7 +40,7 @@ class InStep:
                 project.key,
             )
             return True
-        version = version_of(project)
+        version = project.version
         try:
             ours = [
                 backend

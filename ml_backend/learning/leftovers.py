@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from ml_backend.label_studio.label_config import parse_label_config
 from ml_backend.learning.jobs import Jobs
 from ml_backend.learning.label_studios import LabelStudios
-from ml_backend.learning.serving import Serving
 from ml_backend.store.database import Database
 from ml_backend.store.tables import Job, Project
+
+if TYPE_CHECKING:
+    from ml_backend.learning.serving import Serving
 
 _CHUNK = 100
 

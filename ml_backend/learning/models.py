@@ -26,17 +26,11 @@ from ml_backend.store.tables import ModelVersion, Project
 
 _log = logging.getLogger(__name__)
 
-UNTRAINED = "untrained"
 PRETRAINED = "untrained-coco"
 SCARCE = 0.1
 """Share of memory below which the model used longest ago is let go."""
 _WATCH = 1.0
 _LINGER = 300.0
-
-
-def version_of(project: Project) -> str:
-    """The version that a project's predictions carry, by what the database says."""
-    return project.live_version or UNTRAINED
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +102,7 @@ class Models:
                 return loaded.version
             if project.live_version is None and self._generic is not None:
                 return PRETRAINED
-        return version_of(project)
+        return project.version
 
     def get(self, project: Project) -> LoadedModel | None:
         """The model that predicts for a project; loads it where that was not done.

@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from ml_backend.detection.evaluation import Comparison, Evaluation
 from ml_backend.store.database import Database
 from ml_backend.store.registry import Registry, VersionMissing
 from ml_backend.store.tables import ModelVersion, Project, now
+
+if TYPE_CHECKING:
+    from ml_backend.detection.evaluation import Comparison, Evaluation
 
 _log = logging.getLogger(__name__)
 

@@ -137,7 +137,8 @@ class Worker:
                     self._tasks.put("train", asked.job)
                 elif (until := self._jobs.waiting_until(project.id)) is not None:
                     self._due[project.id] = until
-            if self._live.setdefault(project.id, project.live_version) != project.live_version:
+            # Once after the start as well: a worker may have died between promotion and step.
+            if self._live.get(project.id) != project.live_version:
                 self._live[project.id] = project.live_version
                 self._tasks.put("in step", project.id)
 

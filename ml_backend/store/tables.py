@@ -45,6 +45,10 @@ class Base(DeclarativeBase):
     }
 
 
+UNTRAINED = "untrained"
+"""The version of a project before its first."""
+
+
 class Project(Base):
     """A project of some Label Studio.
 
@@ -78,6 +82,11 @@ class Project(Base):
     reconciled_at: Mapped[datetime | None]
     """Label Studio's time up to which changes were read back over the API."""
     created_at: Mapped[datetime] = mapped_column(default=now)
+
+    @property
+    def version(self) -> str:
+        """The version that its predictions carry, by what the database says."""
+        return self.live_version or UNTRAINED
 
 
 class Task(Base):
