@@ -180,8 +180,8 @@ class _Run:
         self._deadline = deadline
         self._tell = on_progress
         self._images = _Images(samples, preset.max_size)
-        self._loader = _Loader(self._images, preset, seed, detector.device)
         self._pretrained = detector.weights.kind != "none"
+        self._loader = _Loader(self._images, preset, seed, detector.device, strong=self._pretrained)
         self._module = detector.module.train()
         self._module.transform._skip_resize = True  # type: ignore[union-attr]
         if self._pretrained:
@@ -360,14 +360,16 @@ class _Images:
 class _Loader:
     """Endless batches, augmented by other threads while the model learns."""
 
-    def __init__(self, images: _Images, preset: Preset, seed: int, device: torch.device) -> None:
+    def __init__(
+        self, images: _Images, preset: Preset, seed: int, device: torch.device, *, strong: bool
+    ) -> None:
         self._images = images
         self._seed = seed
         height, width = images.shape
         scale = min(preset.min_size / min(height, width), preset.max_size / max(height, width))
         # A canvas in whole strides: nothing is padded.
         self._augment = Augmentation(
-            *(max(64, 32 * round(side * scale / 32)) for side in (height, width))
+            *(max(64, 32 * round(side * scale / 32)) for side in (height, width)), strong=strong
         )
         # On a CPU the model takes the cores; one thread only hides the waiting.
         self._pool = ThreadPoolExecutor(1 if device.type == "cpu" else 8)
