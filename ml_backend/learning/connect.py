@@ -38,6 +38,29 @@ def webhook_headers(settings: Settings) -> dict[str, str]:
     return headers
 
 
+def connection_fields(settings: Settings, project: int, url: str, title: str) -> dict[str, Any]:
+    """A whole connection, as it is written to Label Studio.
+
+    Label Studio tries a connection whenever it is written, with the credentials that came along:
+    those that it has are not used, and cannot be read back.
+
+    Args:
+        settings: the credentials.
+        project: Label Studio's id of the project.
+        url: this backend's address.
+        title: the version.
+    """
+    fields = {"url": url, "title": title, "project": project, "auth_method": "NONE"}
+    if settings.basic_auth is not None:
+        user, password = settings.basic_auth
+        fields |= {
+            "auth_method": "BASIC_AUTH",
+            "basic_auth_user": user,
+            "basic_auth_pass": password,
+        }
+    return fields
+
+
 def connect(
     client: LabelStudioClient,
     label_studio_id: int,
@@ -88,16 +111,7 @@ def _connection(
     settings: Settings,
     done: Connected,
 ) -> None:
-    fields: dict[str, Any] = {"url": url, "title": done.version, "project": project}
-    if settings.basic_auth is not None:
-        user, password = settings.basic_auth
-        fields |= {
-            "auth_method": "BASIC_AUTH",
-            "basic_auth_user": user,
-            "basic_auth_pass": password,
-        }
-    else:
-        fields["auth_method"] = "NONE"
+    fields = connection_fields(settings, project, url, done.version)
     before = _ours(client, project, known)
     for double in before[1:]:
         client.delete_ml_backend(double["id"])
@@ -105,7 +119,6 @@ def _connection(
     if not before:
         client.add_ml_backend(**fields)
     else:
-        # The password cannot be read back: it is sent again each time.
         client.update_ml_backend(before[0]["id"], **fields)
     # The running server knows whether COCO's weights serve before the first training.
     for connection in _ours(client, project, {url}):

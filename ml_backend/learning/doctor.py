@@ -18,7 +18,7 @@ from ml_backend.label_studio.client import GUARD, Forbidden, LabelStudioClient, 
 from ml_backend.label_studio.events import ProjectInfo
 from ml_backend.label_studio.images import ImageUnavailable, route_of
 from ml_backend.label_studio.label_config import LabelConfigError, parse_label_config
-from ml_backend.learning.connect import webhook_headers
+from ml_backend.learning.connect import connection_fields, webhook_headers
 from ml_backend.learning.label_studios import LabelStudios
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
@@ -194,12 +194,8 @@ class Doctor:
         version = project.version
         try:
             # Label Studio checks address, health and setup whenever a connection is written.
-            client.update_ml_backend(
-                ours[0]["id"],
-                url=ours[0]["url"],
-                title=ours[0]["title"],
-                project=info.id,
-            )
+            fields = connection_fields(self._settings, info.id, ours[0]["url"], ours[0]["title"])
+            client.update_ml_backend(ours[0]["id"], **fields)
         except LabelStudioError as error:
             return Finding(
                 "connection",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 
 from ml_backend.label_studio.client import LabelStudioError
+from ml_backend.learning.connect import connection_fields
 from ml_backend.learning.label_studios import LabelStudios
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
@@ -48,12 +49,10 @@ class InStep:
                 if backend["title"] != version and _is_ours(backend, project)
             ]
             for backend in ours:
-                client.update_ml_backend(
-                    backend["id"],
-                    title=version,
-                    url=backend["url"],
-                    project=project.label_studio_id,
+                fields = connection_fields(
+                    self._settings, project.label_studio_id, backend["url"], version
                 )
+                client.update_ml_backend(backend["id"], **fields)
                 _log.info("project %s: the connection is titled %s now", project.key, version)
         except LabelStudioError as error:
             _log.warning("project %s is not in step yet: %s", project.key, error)
