@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import requests
+from hypothesis import settings
 
 from ml_backend.backend import Backend
 from ml_backend.demo.label_studio_server import (
@@ -25,6 +26,10 @@ from ml_backend.learning.promotion import Verdict
 
 ROOT = Path(__file__).parents[1]
 CAPTURES = Path(__file__).parent / "captures"
+
+# The same examples each time: a change is judged by itself. `--hypothesis-profile default` explores.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 
 def capture(name: str) -> dict[str, Any]:

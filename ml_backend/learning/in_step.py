@@ -8,6 +8,7 @@ So the title follows the live version, and Label Studio moves `model_version` al
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from ml_backend.label_studio.client import LabelStudioError
 from ml_backend.learning.connect import connection_fields
@@ -43,12 +44,9 @@ class InStep:
             return True
         version = project.version
         try:
-            ours = [
-                backend
-                for backend in client.ml_backends(project.label_studio_id)
-                if backend["title"] != version and _is_ours(backend, project)
-            ]
-            for backend in ours:
+            for backend in _ours(client.ml_backends(project.label_studio_id), project):
+                if backend["title"] == version:
+                    continue
                 fields = connection_fields(
                     self._settings, project.label_studio_id, backend["url"], version
                 )
@@ -60,5 +58,11 @@ class InStep:
         return True
 
 
-def _is_ours(backend: dict[str, object], project: Project) -> bool:
-    return backend.get("url") == project.connection_url or project.connection_url is None
+def _ours(connections: list[dict[str, Any]], project: Project) -> list[dict[str, Any]]:
+    """Ours among a project's connections; none where it was made by hand and is not the only one.
+
+    Those of others are never touched.
+    """
+    if project.connection_url is not None:
+        return [c for c in connections if c["url"].rstrip("/") == project.connection_url]
+    return connections if len(connections) == 1 else []
