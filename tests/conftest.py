@@ -27,7 +27,8 @@ from ml_backend.learning.promotion import Verdict
 ROOT = Path(__file__).parents[1]
 CAPTURES = Path(__file__).parent / "captures"
 
-# The same examples each time: a change is judged by itself. `--hypothesis-profile default` explores.
+# The same examples each time, so that a change is judged by itself; `--hypothesis-profile default`
+# explores.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 
