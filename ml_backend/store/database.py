@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from alembic import command
@@ -35,6 +36,9 @@ class Database:
         self._sessions = sessionmaker(self.engine, expire_on_commit=False)
         reading = self.engine.execution_options(reading=True)
         self._readings = sessionmaker(reading, expire_on_commit=False)
+        # SQLite lets writers poll for its one lock, and some then wait for seconds under a burst:
+        # the threads of one process take turns instead.
+        self._turn: AbstractContextManager[object] = Lock() if self.is_sqlite else nullcontext()
 
     @property
     def is_sqlite(self) -> bool:
@@ -44,7 +48,7 @@ class Database:
     @contextmanager
     def session(self) -> Iterator[Session]:
         """One transaction: committed at the end, rolled back on an exception."""
-        with self._sessions.begin() as session:
+        with self._turn, self._sessions.begin() as session:
             yield session
 
     @contextmanager
