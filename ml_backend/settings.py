@@ -72,11 +72,25 @@ class Settings(BaseSettings):
 
     # Learning
     train_every: int = _named("ML_BACKEND_TRAIN_EVERY", 10, ge=1)
+    train_growth: float = _named("ML_BACKEND_TRAIN_GROWTH", 0.25, ge=0)
     train_min: int = _named("ML_BACKEND_TRAIN_MIN", 10, ge=2)
     train_delay: float = _named("ML_BACKEND_TRAIN_DELAY", 30.0, ge=0)
     train_budget: float = _named("ML_BACKEND_TRAIN_BUDGET", 900.0, gt=0)
     train_threads: int | None = _named("ML_BACKEND_TRAIN_THREADS", None, ge=1)
     keep_versions: int = _named("ML_BACKEND_KEEP_VERSIONS", 5, ge=1)
+
+    # What is asked next, and what is drawn
+    strategy: Literal["diverse", "uncertainty", "random"] = _named("ML_BACKEND_STRATEGY", "diverse")
+    random_share: float = _named("ML_BACKEND_RANDOM_SHARE", 0.1, ge=0, le=1)
+    auto_label: bool = _named("ML_BACKEND_AUTO_LABEL", True)
+    blind_share: float = _named("ML_BACKEND_BLIND_SHARE", 0.0, ge=0, le=0.5)
+
+    # What people's work costs, in seconds
+    cost_look: float = _named("ML_BACKEND_COST_LOOK", 3.3, ge=0)
+    cost_draw: float = _named("ML_BACKEND_COST_DRAW", 7.0, gt=0)
+    cost_correct: float = _named("ML_BACKEND_COST_CORRECT", 4.0, ge=0)
+    cost_delete: float = _named("ML_BACKEND_COST_DELETE", 1.5, gt=0)
+    cost_relabel: float = _named("ML_BACKEND_COST_RELABEL", 2.0, ge=0)
 
     @field_validator("label_studio_url", mode="after")
     @classmethod

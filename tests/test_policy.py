@@ -25,7 +25,9 @@ def _decide(
         enough_since=None if enough_for is None else MOMENT - timedelta(seconds=enough_for),
         trained_before=trained_before,
     )
-    return decide(situation, moment=MOMENT, every=10, minimum=12, delay=30, forced=forced)
+    return decide(
+        situation, moment=MOMENT, every=10, growth=0.25, minimum=12, delay=30, forced=forced
+    )
 
 
 def test_the_first_training_waits_for_enough_tasks() -> None:
@@ -38,6 +40,13 @@ def test_the_next_training_waits_for_enough_changes() -> None:
     decision = _decide(changes=9)
     assert decision.action == "wait"
     assert "1 more new or changed annotation " in decision.reason
+
+
+def test_where_much_is_annotated_a_training_waits_for_a_share_of_it() -> None:
+    decision = _decide(annotated=240, changes=40)
+    assert decision.action == "wait"
+    assert "10 more new or changed annotations (40 of 50)" in decision.reason
+    assert _decide(annotated=250, changes=50).action == "start"
 
 
 def test_it_waits_for_quiet_and_then_starts() -> None:

@@ -79,6 +79,7 @@ class Jobs:
                 situation,
                 moment=now(),
                 every=self._settings.train_every,
+                growth=self._settings.train_growth,
                 minimum=self._settings.train_min,
                 delay=self._settings.train_delay,
                 forced=forced,

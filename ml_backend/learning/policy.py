@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Literal
@@ -49,6 +50,7 @@ def decide(
     *,
     moment: datetime,
     every: int,
+    growth: float,
     minimum: int,
     delay: float,
     forced: bool = False,
@@ -58,7 +60,8 @@ def decide(
     Args:
         situation: what is known.
         moment: now.
-        every: new or changed annotations that start a training.
+        every: new or changed annotations that start a training,
+        growth: or this share of the annotated tasks, where that is more.
         minimum: annotated tasks needed for the first.
         delay: quiet seconds before it starts.
         forced: somebody asked for it: it starts at once if it can at all.
@@ -78,12 +81,14 @@ def decide(
             f"waiting for {missing} more annotated {'task' if missing == 1 else 'tasks'} before "
             f"the first training ({situation.annotated} of {minimum})",
         )
-    if situation.trained_before and situation.changes < every:
-        missing = every - situation.changes
+    before = max(0, situation.annotated - situation.changes)
+    needed = max(every, math.ceil(growth * before))
+    if situation.trained_before and situation.changes < needed:
+        missing = needed - situation.changes
         return Decision(
             "wait",
             f"waiting for {missing} more new or changed "
-            f"{'annotation' if missing == 1 else 'annotations'} ({situation.changes} of {every})",
+            f"{'annotation' if missing == 1 else 'annotations'} ({situation.changes} of {needed})",
         )
     quiet_at = moment
     if situation.last_change is not None:

@@ -137,6 +137,34 @@ class Annotation(Base):
     revision: Mapped[int] = mapped_column(default=0)
 
 
+class Audit(Base):
+    """What a person made of the prediction that an annotation started from, in boxes."""
+
+    __tablename__ = "audits"
+    __table_args__ = (Index("ix_audits_project_version", "project_id", "version"),)
+
+    annotation_id: Mapped[int] = mapped_column(
+        ForeignKey("annotations.id", ondelete="CASCADE"), primary_key=True
+    )
+    project_id: Mapped[int] = mapped_column(ForeignKey("projects.id", ondelete="CASCADE"))
+    revision: Mapped[int]
+    """The annotation's, when this was counted: a later one is counted anew."""
+    version: Mapped[str | None] = mapped_column(String(128))
+    """The model version whose prediction it started from; None where it began with nothing."""
+    blind: Mapped[bool] = mapped_column(default=False)
+    """Whether the task is one of those that are shown without boxes, to compare with."""
+    accepted: Mapped[int] = mapped_column(default=0)
+    """Boxes left as they were predicted."""
+    moved: Mapped[int] = mapped_column(default=0)
+    """Boxes moved or resized."""
+    relabelled: Mapped[int] = mapped_column(default=0)
+    """Boxes that got another label (moved as well, or not)."""
+    deleted: Mapped[int] = mapped_column(default=0)
+    """Predicted boxes that are gone."""
+    added: Mapped[int] = mapped_column(default=0)
+    """Boxes drawn by hand."""
+
+
 class Job(Base):
     """Something that was asked for, what became of it, and why, in words."""
 
@@ -146,12 +174,12 @@ class Job(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     project_id: Mapped[int] = mapped_column(ForeignKey("projects.id", ondelete="CASCADE"))
     kind: Mapped[str] = mapped_column(String(16))
-    """`train`, or `predict` (the rest of a request that met its deadline)."""
+    """`train`, `predict` (the rest of a request that met its deadline), or `autolabel`."""
     state: Mapped[str] = mapped_column(String(16))
     """`waiting`, `queued`, `running`, `done`, `failed` or `refused`."""
     reason: Mapped[str] = mapped_column(Text, default="")
     trigger: Mapped[str] = mapped_column(String(16))
-    """`webhook`, `button`, `command` or `predict`."""
+    """`webhook`, `button`, `command`, `predict` or `promotion`."""
     progress: Mapped[float] = mapped_column(default=0.0)
     attempt: Mapped[int] = mapped_column(default=0)
     payload: Mapped[dict[str, Any]] = mapped_column(default=dict)
