@@ -68,14 +68,14 @@ def _ask(
     held = threading.Lock()
     held.acquire()
     predictor = BatchingPredictor(detector, device_lock=held)
-    answers = [predictor.submit(image, floor=0.05) for image in images]
+    answers = [predictor.submit(image) for image in images]
     held.release()
     return predictor, answers
 
 
 def test_everyone_gets_their_own_answer(detector: Detector) -> None:
     images = _pictures(11)
-    alone = [detector.predict([image], floor=0.05)[0] for image in images]
+    alone = [detector.predict([image])[0] for image in images]
     predictor, answers = _ask(detector, images)
     for answer, wanted in zip(answers, alone, strict=True):
         found = answer.result(60)
@@ -112,16 +112,6 @@ def test_out_of_memory_halves_the_batches(detector: Detector) -> None:
     predictor.close()
 
 
-def test_a_floor_holds_for_who_asked_for_it(detector: Detector) -> None:
-    (image,) = _pictures(1)
-    predictor = BatchingPredictor(detector)
-    low = predictor.submit(image, floor=0.05)
-    high = predictor.submit(image, floor=0.6)
-    assert low.result(60).scores.min() < 0.6
-    assert (high.result(60).scores >= 0.6).all()
-    predictor.close()
-
-
 def test_what_was_asked_before_the_end_is_answered(detector: Detector) -> None:
     predictor, answers = _ask(detector, _pictures(10))
     predictor.close()
@@ -132,7 +122,7 @@ def test_what_was_asked_before_the_end_is_answered(detector: Detector) -> None:
 
 def test_many_may_ask_at_the_same_time(detector: Detector) -> None:
     images = _pictures(4)
-    wanted = [len(detector.predict([image], floor=0.05)[0]) for image in images]
+    wanted = [len(detector.predict([image])[0]) for image in images]
     predictor = BatchingPredictor(detector)
     with ThreadPoolExecutor(12) as pool:
         found = list(

@@ -1,8 +1,7 @@
-"""Average precision against COCO's own evaluation, and the intervals and thresholds built on it."""
+"""Average precision against COCO's own evaluation, and what is built on it."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,48 +10,13 @@ from faster_coco_eval import COCO
 from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 
 from ml_backend.detection.evaluation import (
-    best_thresholds,
+    agreement,
     bootstrap_interval,
     compare,
     evaluate,
 )
 from ml_backend.detection.types import Detections, Sample
-
-LABELS = ("car", "person", "valve", "never")
-
-
-def _scene(seed: int, images: int, *, noise: float = 6.0) -> tuple[list[Detections], list[Sample]]:
-    """Boxes, and detections of them: moved, missed, doubled, invented, of the wrong class."""
-    random = np.random.default_rng(seed)
-    found, truth = [], []
-    for number in range(images):
-        count = int(random.integers(0, 8))
-        corner = random.uniform(0, 300, (count, 2))
-        boxes = np.concatenate([corner, corner + random.uniform(15, 120, (count, 2))], 1)
-        labels = random.integers(0, 3, count)
-        keep = random.random(count) < 0.8
-        twice = random.random(count) < 0.2
-        moved = np.concatenate([boxes[keep], boxes[twice]])
-        moved = moved + random.normal(0, noise, moved.shape)
-        names = np.concatenate([labels[keep], labels[twice]])
-        wrong = random.random(len(names)) < 0.1
-        names[wrong] = random.integers(0, 4, int(wrong.sum()))
-        invented = random.uniform(0, 300, (int(random.integers(0, 4)), 2))
-        moved = np.concatenate([moved, np.concatenate([invented, invented + 40], 1)])
-        names = np.concatenate([names, random.integers(0, 4, len(invented))])
-        good = (moved[:, 2:] > moved[:, :2]).all(1)
-        scores = random.permutation(len(moved)) / max(1, len(moved)) * 0.9 + 0.05
-        found.append(
-            Detections(
-                moved[good].astype(np.float32),
-                scores[good].astype(np.float32),
-                names[good].astype(np.int64),
-            )
-        )
-        truth.append(
-            Sample(str(number), Path("x"), boxes.astype(np.float32), labels.astype(np.int64))
-        )
-    return found, truth
+from tests.scenes import LABELS, scene
 
 
 def _oracle(found: list[Detections], truth: list[Sample]) -> Any:
@@ -96,7 +60,7 @@ def _quiet(*_: object) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_it_agrees_with_cocos_evaluation(seed: int) -> None:
-    found, truth = _scene(seed, 40)
+    found, truth = scene(seed, 40)
     ours = evaluate(found, truth, LABELS)
     # [thresholds, recalls, classes, areas, most detections]: all areas, 100 detections.
     precision = _oracle(found, truth)[:, :, :, 0, -1]
@@ -111,7 +75,7 @@ def test_it_agrees_with_cocos_evaluation(seed: int) -> None:
 
 
 def test_perfect_and_absent_detections_are_one_and_nought() -> None:
-    _, truth = _scene(0, 10)
+    _, truth = scene(0, 10)
     perfect = [
         Detections(s.boxes, np.full(len(s.labels), 0.9, np.float32), s.labels) for s in truth
     ]
@@ -124,7 +88,7 @@ def test_perfect_and_absent_detections_are_one_and_nought() -> None:
 def test_the_interval_holds_the_estimate_and_narrows_with_more_images() -> None:
     widths = {}
     for images in (10, 160):
-        found, truth = _scene(3, images)
+        found, truth = scene(3, images)
         interval = bootstrap_interval(found, truth, LABELS, seed=0)
         assert interval.low <= evaluate(found, truth, LABELS).map50 <= interval.high
         assert interval == bootstrap_interval(found, truth, LABELS, seed=0)
@@ -133,13 +97,13 @@ def test_the_interval_holds_the_estimate_and_narrows_with_more_images() -> None:
 
 
 def test_a_detector_compared_with_itself_is_no_different() -> None:
-    found, truth = _scene(1, 30)
+    found, truth = scene(1, 30)
     same = compare(found, found, truth, LABELS, seed=0)
     assert (same.delta, same.low, same.high, same.probability_better) == (0, 0, 0, 0)
 
 
 def test_the_worse_of_two_detectors_is_found() -> None:
-    good, truth = _scene(1, 60, noise=2)
+    good, truth = scene(1, 60, noise=2)
     bad = [d.where(np.arange(len(d)) % 2 == 0) for d in good]
     worse = compare(bad, good, truth, LABELS, seed=0)
     better = compare(good, bad, truth, LABELS, seed=0)
@@ -149,25 +113,18 @@ def test_the_worse_of_two_detectors_is_found() -> None:
     assert set(better.per_class) == set(LABELS[:3])
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_thresholds_have_the_best_f1(seed: int) -> None:
-    found, truth = _scene(seed, 30)
-    chosen = best_thresholds(found, truth, LABELS)
-    for c, label in enumerate(LABELS[:3]):
-        support = sum(int((s.labels == c).sum()) for s in truth)
-
-        def f1(threshold: float, c: int = c, support: int = support) -> float:
-            kept = [d.where((d.labels == c) & (d.scores >= threshold)) for d in found]
-            shown = sum(map(len, kept))
-            recall = evaluate(kept, truth, LABELS).per_class[LABELS[c]].recall or 0.0
-            return 2 * recall * support / max(1, shown + support)
-
-        best = max(f1(t) for t in np.unique(np.concatenate([d.scores for d in found])))
-        assert f1(chosen[label]) >= best - 1e-9
-    assert chosen["never"] == 0.5
+def test_agreement_counts_what_both_show() -> None:
+    found, _ = scene(1, 20)
+    assert agreement(found, found) == 1.0
+    fewer = [d.where(np.arange(len(d)) % 2 == 0) for d in found]
+    kept, all_of_it = sum(map(len, fewer)), sum(map(len, found))
+    assert agreement(fewer, found) == pytest.approx(2 * kept / (kept + all_of_it), abs=0.03)
+    others = [Detections(d.boxes, d.scores, (d.labels + 1) % 4) for d in found]
+    assert agreement(found, others) < 0.3
+    assert agreement([Detections.empty()], [Detections.empty()]) == 1.0
 
 
 def test_every_image_needs_its_detections() -> None:
-    found, truth = _scene(0, 3)
+    found, truth = scene(0, 3)
     with pytest.raises(ValueError, match="2 predictions for 3 samples"):
         evaluate(found[:2], truth, LABELS)

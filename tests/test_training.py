@@ -67,7 +67,7 @@ def _train(samples: Sequence[Sample], preset: Preset = SMALL, **options: Any) ->
 
 
 def _quality(detector: Detector, samples: Sequence[Sample]) -> float:
-    found = detector.predict([decode_image(s.image) for s in samples], floor=0.02)
+    found = detector.predict([decode_image(s.image) for s in samples])
     return evaluate(found, samples, LABELS).map50
 
 

@@ -29,7 +29,6 @@ class PredictorClosed(RuntimeError):
 @dataclass(frozen=True, slots=True)
 class _Asked:
     image: Image.Image
-    floor: float
     answer: Future[Detections]
 
 
@@ -50,12 +49,11 @@ class BatchingPredictor:
         self._thread = threading.Thread(target=self._run, name="detector", daemon=True)
         self._thread.start()
 
-    def submit(self, image: Image.Image, *, floor: float = 0.05) -> Future[Detections]:
+    def submit(self, image: Image.Image) -> Future[Detections]:
         """Asks for an image's detections.
 
         Args:
             image: RGB.
-            floor: boxes below this confidence are left out.
 
         Returns:
             What will hold the detections, in the image's pixels; or the error that this image,
@@ -66,7 +64,7 @@ class BatchingPredictor:
         """
         if self._closed:
             raise PredictorClosed("the predictor was closed")
-        asked = _Asked(image, floor, Future())
+        asked = _Asked(image, Future())
         self._asked.put(asked)
         return asked.answer
 
@@ -103,9 +101,7 @@ class BatchingPredictor:
 
     def _answer(self, batch: list[_Asked]) -> None:
         try:
-            found = self._detector.predict(
-                [asked.image for asked in batch], floor=min(asked.floor for asked in batch)
-            )
+            found = self._detector.predict([asked.image for asked in batch])
         except Exception as error:
             if len(batch) == 1:
                 batch[0].answer.set_exception(error)
@@ -120,4 +116,4 @@ class BatchingPredictor:
             self._answer(batch[half:])
             return
         for asked, detections in zip(batch, found, strict=True):
-            asked.answer.set_result(detections.where(detections.scores >= asked.floor))
+            asked.answer.set_result(detections)

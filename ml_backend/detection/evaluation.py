@@ -7,7 +7,6 @@ library offers. The tests hold it against faster-coco-eval.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -191,24 +190,35 @@ def compare(
     )
 
 
-def best_thresholds(
-    predictions: Sequence[Detections], samples: Sequence[Sample], labels: Sequence[str]
-) -> dict[str, float]:
-    """Confidence with the best F1 at IoU 0.5, by label; 0.5 where nothing tells."""
-    matched = _Matched(predictions, samples, len(labels))
-    result: dict[str, float] = {}
-    for c, label in enumerate(labels):
-        scores, hits = matched.ranked(c, np.arange(len(samples)))
-        support = matched.boxes[:, c].sum()
-        if not support or not hits[0].any():
-            result[label] = 0.5
-            continue
-        found = np.cumsum(hits[0])
-        f1 = 2 * found / (np.arange(1, len(found) + 1) + support)
-        # A threshold shows all boxes of a confidence or none of them.
-        f1[:-1][scores[:-1] == scores[1:]] = -1.0
-        result[label] = math.floor(1e4 * float(scores[int(np.argmax(f1))])) / 1e4
-    return result
+def ranked_hits(
+    predictions: Sequence[Detections], samples: Sequence[Sample], classes: int
+) -> list[tuple[npt.NDArray[np.float32], _Bools]]:
+    """For each class, all its detections: float32 scores `[D]`, descending, and bool `[D]`.
+
+    The latter says which ones are right: matched to a box of the class with an IoU of 0.5.
+    """
+    matched = _Matched(predictions, samples, classes)
+    ranked = [matched.ranked(c, np.arange(len(samples))) for c in range(classes)]
+    return [(scores, hits[0]) for scores, hits in ranked]
+
+
+def agreement(a: Sequence[Detections], b: Sequence[Detections]) -> float:
+    """How alike what two detectors show is: F1 of one against the other, at IoU 0.5.
+
+    Args:
+        a: boxes that are shown, image by image, labels as indices into the same names.
+        b: the other's, of the same images.
+
+    Returns:
+        1 where each box of one has its like in the other, and where neither shows any.
+    """
+    alike = boxes = 0
+    for one, other in zip(a, b, strict=True):
+        boxes += len(one) + len(other)
+        for c in np.unique(one.labels):
+            mine, theirs = one.where(one.labels == c), other.where(other.labels == c)
+            alike += int(_match(mine.boxes, theirs.boxes)[0].sum())
+    return 2 * alike / boxes if boxes else 1.0
 
 
 class _Matched:

@@ -35,6 +35,11 @@ SCRATCH_RATE = 2.0
 """Learning rate where nothing is pretrained, relative to the preset's."""
 MEMORY = 0.99
 """Decay of the average of the weights, per step."""
+FEW_STEPS = 200
+"""Steps in which a pretrained detector learns the first images: from 10 photographs of blood cells
+it reached a mean AP50 of 0.73 after 200 steps, and of 0.74 after 400."""
+STEPS_PER_IMAGE = 10
+"""Steps more for each further image, up to the preset's."""
 EVALUATIONS = 10
 """Times that a training looks at its validation samples."""
 PATIENCE = 4
@@ -103,6 +108,7 @@ def train(
     weights: str = "auto",
     device: torch.device,
     seed: int = 0,
+    effort: float = 1.0,
     budget_seconds: float,
     threads: int | None = None,
     on_progress: Callable[[Progress], None] | None = None,
@@ -123,6 +129,7 @@ def train(
         weights: the preset's: `auto`, `none` or a file.
         device: where to train.
         seed: of everything random.
+        effort: share of the steps that it would take otherwise.
         budget_seconds: wall-clock seconds that it may take.
         threads: CPU threads, all where not given.
         on_progress: called after every step; may raise to stop.
@@ -139,7 +146,8 @@ def train(
     else:
         detector = _shrink_and_perturb(start.with_labels(labels))
     threads = threads or torch.get_num_threads()
-    run = _Run(detector, samples, validation, seed, began + budget_seconds, threads, on_progress)
+    deadline = began + budget_seconds
+    run = _Run(detector, samples, validation, seed, effort, deadline, threads, on_progress)
     try:
         with threads_inside(run.threads_inside):
             return _go(run, began)
@@ -169,6 +177,7 @@ class _Run:
         samples: Sequence[Sample],
         validation: Sequence[Sample],
         seed: int,
+        effort: float,
         deadline: float,
         threads: int,
         on_progress: Callable[[Progress], None] | None,
@@ -177,6 +186,7 @@ class _Run:
         self.detector = detector
         self.batch_size = preset.batch_size
         self._validation = validation
+        self._effort = effort
         self._deadline = deadline
         self._tell = on_progress
         self._images = _Images(samples, preset.max_size)
@@ -205,7 +215,11 @@ class _Run:
     def go(self, began: float) -> TrainingResult:
         preset = self.detector.preset
         # A step's worth of images stays the same when the batch was halved.
-        steps = max(preset.steps, math.ceil(preset.epochs * len(self._images) / preset.batch_size))
+        images = len(self._images)
+        # Few images are soon learned, if there was anything to begin with.
+        few = FEW_STEPS + STEPS_PER_IMAGE * images if self._pretrained else preset.steps
+        wanted = max(min(preset.steps, few), preset.epochs * images / preset.batch_size)
+        steps = math.ceil(self._effort * wanted)
         started = time.monotonic()
         first = self._step
         time_left = max(0.0, self._deadline - started) * (0.9 if self._validation else 0.97)
@@ -289,7 +303,7 @@ class _Run:
         with threads_inside(self._threads):
             for start in range(0, len(self._validation), size):
                 part = self._validation[start : start + size]
-                found += judge.predict([decode_image(s.image) for s in part], floor=0.02)
+                found += judge.predict([decode_image(s.image) for s in part])
         quality = evaluate(found, self._validation, self.detector.labels).map50
         self._history.append((round(fraction, 3), quality))
         if self._best is None or quality > self._best[0]:

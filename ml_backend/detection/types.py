@@ -20,11 +20,14 @@ class Detections:
         boxes: float32 `[N, 4]`, `x1, y1, x2, y2` in pixels of the upright (EXIF applied) image.
         scores: float32 `[N]`, confidence in `[0, 1]`.
         labels: int64 `[N]`, index into the detector's tuple of label names.
+        embedding: float32 `[D]`, unit length: what the image looks like to the detector's
+            backbone; None where that was not asked for.
     """
 
     boxes: FloatArray
     scores: FloatArray
     labels: IntArray
+    embedding: FloatArray | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -40,7 +43,7 @@ class Detections:
 
     def where(self, keep: npt.NDArray[np.bool_]) -> Detections:
         """The detections at which the boolean mask `keep`, `[N]`, is true."""
-        return Detections(self.boxes[keep], self.scores[keep], self.labels[keep])
+        return Detections(self.boxes[keep], self.scores[keep], self.labels[keep], self.embedding)
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,8 +56,9 @@ class Preset:
         learning_rate: peak of the schedule, for AdamW; the pretrained trunk learns at half of it.
         batch_size: images in a training step.
         predict_batch: images predicted together at most.
-        steps: training steps for a handful of images,
-        epochs: or passes over the images, whichever is more.
+        steps: training steps,
+        epochs: or passes over the images, whichever is more. A pretrained detector takes fewer
+            steps while there are few images.
         backbone: torchvision's weights of the trunk, and
         coco: of the whole detector, where there are any.
         trunk: prefix of the trunk's names in the module's state.

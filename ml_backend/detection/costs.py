@@ -1,0 +1,209 @@
+"""What people's work on predicted boxes costs, and the thresholds that make it cost least.
+
+A box that is shown may save the drawing of one, or cost the deleting of one. Which is likelier is
+measured on held-out images, and weighed by what drawing, correcting and deleting take.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.optimize import linear_sum_assignment
+from torchvision.ops import box_iou
+
+from ml_backend.detection.types import Detections, Sample
+
+OVERLAPS = 0.5
+"""IoU from which a box is corrected instead of drawn anew."""
+LIES_RIGHT = 0.75
+"""IoU from which a box is left as it is."""
+DUPLICATE = 0.7
+"""IoU from which two boxes of different labels are taken for one object."""
+FEW_BOXES = 5
+"""Held-out boxes of a label below which its threshold follows from the costs alone."""
+CANDIDATES = 40
+"""Thresholds of a label that are tried at most."""
+NEVER = 1.01
+"""A threshold that shows nothing."""
+
+_Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """Seconds that a person takes.
+
+    Attributes:
+        look: to look at an image.
+        draw: to draw a box: 7.0 by extreme clicking (Papadopoulos et al., 2017); the story of this
+            project took 27.6.
+        correct: to move or resize one that overlaps an object with an IoU of 0.5 to 0.75.
+        delete: to delete a wrong one.
+        relabel: to change the label of one.
+    """
+
+    look: float
+    draw: float
+    correct: float
+    delete: float
+    relabel: float
+
+    @property
+    def break_even(self) -> float:
+        """Confidence from which showing a box costs less than hiding it, on average."""
+        return self.delete / (self.delete + self.draw)
+
+
+def shown(detections: Detections, thresholds: npt.NDArray[np.floating]) -> Detections:
+    """The detections that people are shown.
+
+    Args:
+        detections: of one image, most confident first.
+        thresholds: float `[N]`, the confidence that each needs.
+
+    Returns:
+        Those that reach it, less the duplicates across labels: of two boxes of different labels
+        that overlap by more than `DUPLICATE`, the more confident stays.
+    """
+    kept = detections.where(detections.scores >= thresholds)
+    if len(kept) < 2 or (kept.labels == kept.labels[0]).all():
+        return kept
+    overlap = _iou(kept.boxes, kept.boxes) > DUPLICATE
+    overlap &= kept.labels[:, None] != kept.labels[None, :]
+    stays = np.ones(len(kept), bool)
+    for i in range(1, len(kept)):
+        stays[i] = not (overlap[i, :i] & stays[:i]).any()
+    return kept.where(stays)
+
+
+def human_seconds(drawn: Detections, sample: Sample, costs: CostModel) -> float:
+    """Seconds until a person has made the boxes of one image right.
+
+    Each predicted box is left, corrected, relabelled, or deleted; what is missing is drawn. The
+    person does what takes least in all (an assignment; Kuhn, 1955).
+
+    Args:
+        drawn: the boxes that are shown.
+        sample: what is there.
+        costs: what each of it takes.
+    """
+    return costs.look + _repairs(_savings(drawn, sample, costs), len(sample.labels), costs)
+
+
+def by_hand(sample: Sample, costs: CostModel) -> float:
+    """Seconds until a person has drawn every box of one image."""
+    return costs.look + costs.draw * len(sample.labels)
+
+
+def cheapest_thresholds(
+    predictions: Sequence[Detections],
+    samples: Sequence[Sample],
+    labels: Sequence[str],
+    costs: CostModel,
+) -> dict[str, float]:
+    """For each label, the threshold that makes the samples cost people least.
+
+    Coordinate descent on the exact cost, since labels compete for objects: one label after the
+    other, until no threshold improves it. It begins at the confidence that breaks even, where
+    labels with few boxes stay.
+
+    Args:
+        predictions: what was found on images that were not learned, down to a low confidence.
+        samples: what is there.
+        labels: label names.
+        costs: what people's work takes.
+
+    Returns:
+        Confidence by label; `NEVER` where no box of a label is worth showing.
+    """
+    images = [_Image(p, s, costs) for p, s in zip(predictions, samples, strict=True)]
+    support = np.zeros(len(labels), np.int64)
+    for sample in samples:
+        support += np.bincount(sample.labels, minlength=len(labels))
+    chosen = np.full(len(labels), costs.break_even)
+    spent = np.array([image.seconds(chosen) for image in images])
+    improving = True
+    while improving:
+        improving = False
+        for c in range(len(labels)):
+            if support[c] < FEW_BOXES:
+                continue
+            # Only images with such a box can change.
+            touched = [i for i, image in enumerate(images) if c in image.labels]
+            best = float(spent[touched].sum()) - 1e-9
+            for threshold in _candidates([images[i].scores_of(c) for i in touched]):
+                tried = chosen.copy()
+                tried[c] = threshold
+                seconds = np.array([images[i].seconds(tried) for i in touched])
+                if seconds.sum() < best:
+                    best = float(seconds.sum()) - 1e-9
+                    chosen, spent[touched] = tried, seconds
+                    improving = True
+    return {label: float(chosen[c]) for c, label in enumerate(labels)}
+
+
+class _Image:
+    """One image's candidates, with what each would save."""
+
+    def __init__(self, found: Detections, sample: Sample, costs: CostModel) -> None:
+        order = np.argsort(-found.scores, kind="stable")
+        self._found = Detections(found.boxes[order], found.scores[order], found.labels[order])
+        self.labels = frozenset(found.labels.tolist())
+        self._costs = costs
+        self._boxes = len(sample.labels)
+        self._savings = _savings(self._found, sample, costs)
+        # Which candidate would be hidden by which, as in `shown`.
+        self._twins = _iou(self._found.boxes, self._found.boxes) > DUPLICATE
+        self._twins &= self._found.labels[:, None] != self._found.labels[None, :]
+        self._known: dict[bytes, float] = {}
+
+    def scores_of(self, label: int) -> npt.NDArray[np.float32]:
+        scores: npt.NDArray[np.float32] = self._found.scores[self._found.labels == label]
+        return scores
+
+    def seconds(self, thresholds: _Floats) -> float:
+        stays = self._found.scores >= thresholds[self._found.labels]
+        for i in np.flatnonzero(stays & (np.tril(self._twins, -1) & stays[None, :]).any(axis=1)):
+            stays[i] = not (self._twins[i, :i] & stays[:i]).any()
+        key = stays.tobytes()
+        if key not in self._known:
+            self._known[key] = _repairs(self._savings[stays], self._boxes, self._costs)
+        return self._known[key]
+
+
+def _savings(drawn: Detections, sample: Sample, costs: CostModel) -> _Floats:
+    """`[N, M]`: seconds saved where box `n` becomes object `m`, against deleting and drawing."""
+    if not len(drawn) or not len(sample.labels):
+        return np.zeros((len(drawn), len(sample.labels)))
+    iou = _iou(drawn.boxes, sample.boxes)
+    repair = np.where(iou < LIES_RIGHT, costs.correct, 0.0)
+    repair += np.where(drawn.labels[:, None] != sample.labels[None, :], costs.relabel, 0.0)
+    saved = costs.delete + costs.draw - repair
+    return np.where(iou >= OVERLAPS, np.maximum(saved, 0.0), 0.0)
+
+
+def _repairs(savings: _Floats, boxes: int, costs: CostModel) -> float:
+    spent = costs.delete * len(savings) + costs.draw * boxes
+    if savings.any():
+        rows, columns = linear_sum_assignment(savings, maximize=True)
+        spent -= float(savings[rows, columns].sum())
+    return spent
+
+
+def _candidates(scores: Sequence[npt.NDArray[np.float32]]) -> list[float]:
+    """Thresholds worth trying: between scores, at most `CANDIDATES`, and `NEVER`."""
+    values = np.unique(np.concatenate(scores)) if scores else np.zeros(0)
+    if len(values) > CANDIDATES:
+        values = np.quantile(values, np.linspace(0, 1, CANDIDATES), method="nearest")
+    # Just below a score, so that rounding hides none that it means to show.
+    return [math.floor(1e4 * float(v)) / 1e4 for v in values] + [NEVER]
+
+
+def _iou(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    iou: npt.NDArray[np.float32] = box_iou(torch.from_numpy(a), torch.from_numpy(b)).numpy()
+    return iou

@@ -1,0 +1,84 @@
+"""Confidences that mean what they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ml_backend.detection.calibration import calibrate, fit_calibration
+from ml_backend.detection.evaluation import evaluate
+from ml_backend.detection.types import Detections, Sample
+
+LABELS = ("sure", "modest", "unseen")
+
+
+def _biased(seed: int, images: int) -> tuple[list[Detections], list[Sample]]:
+    """Detections of `sure` are right in half as many cases as they say, of `modest` in all."""
+    random = np.random.default_rng(seed)
+    found, truth = [], []
+    for number in range(images):
+        scores = np.sort(random.uniform(0.05, 0.95, 12))[::-1]
+        corner = np.stack([np.arange(12) * 50.0, np.zeros(12)], 1)
+        boxes = np.concatenate([corner, corner + 40], 1).astype(np.float32)
+        labels = random.integers(0, 2, 12)
+        right = random.random(12) < np.where(labels == 0, scores / 2, 0.5 + scores / 2)
+        found.append(Detections(boxes, scores.astype(np.float32), labels))
+        truth.append(Sample(str(number), Path("x"), boxes[right], labels[right]))
+    return found, truth
+
+
+def _gap(found: list[Detections], truth: list[Sample], label: int) -> float:
+    """Expected calibration error, over ten bins (Naeini et al., 2015)."""
+    scores = np.concatenate([f.scores[f.labels == label] for f in found])
+    right = np.concatenate(
+        [
+            [(s.boxes == box).all(1).any() for box in f.boxes[f.labels == label]]
+            for f, s in zip(found, truth, strict=True)
+        ]
+    ).astype(float)
+    bins = (scores * 10).astype(int)
+    return float(
+        sum(
+            abs(scores[bins == b].mean() - right[bins == b].mean()) * (bins == b).mean()
+            for b in np.unique(bins)
+        )
+    )
+
+
+def _calibrated(
+    found: list[Detections], curves: dict[str, tuple[float, float]]
+) -> list[Detections]:
+    return [
+        Detections(f.boxes, calibrate(f.scores, f.labels, LABELS, curves), f.labels) for f in found
+    ]
+
+
+def test_of_boxes_with_a_confidence_that_share_is_right() -> None:
+    learned, known = _biased(0, 60)
+    curves = fit_calibration(learned, known, LABELS)
+    found, truth = _biased(1, 200)
+    after = _calibrated(found, curves)
+    for label in (0, 1):
+        assert _gap(found, truth, label) > 0.15
+        assert _gap(after, truth, label) < 0.05
+
+
+def test_order_and_so_average_precision_stay_within_a_label() -> None:
+    found, truth = _biased(0, 40)
+    after = _calibrated(found, fit_calibration(found, truth, LABELS))
+    assert evaluate(after, truth, LABELS).map50 == pytest.approx(
+        evaluate(found, truth, LABELS).map50, abs=1e-6
+    )
+
+
+def test_a_few_boxes_change_little() -> None:
+    box = np.array([[0, 0, 40, 40]], np.float32)
+    one = Detections(box, np.array([0.9], np.float32), np.array([0]))
+    empty = Sample("1", Path("x"), box[:0], np.zeros(0, np.int64))
+    curves = fit_calibration([one], [empty], LABELS)
+    assert set(curves) == {"sure"}
+    (score,) = calibrate(one.scores, one.labels, LABELS, curves)
+    assert 0.7 < score < 0.9
+    assert calibrate(one.scores, one.labels, LABELS, {}) is one.scores
