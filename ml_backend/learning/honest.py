@@ -18,8 +18,6 @@ from ml_backend.detection.detector import Detector
 from ml_backend.detection.types import Detections, Sample
 
 _FILE = "out_of_fold.json"
-FLOOR = 0.02
-"""Confidence down to which boxes count in an average precision."""
 
 
 def predict_samples(
@@ -35,7 +33,7 @@ def predict_samples(
     for start in range(0, len(samples), size):
         batch = samples[start : start + size]
         images = [decode_image(s.image, max_pixels=max_pixels) for s in batch]
-        for sample, detections in zip(batch, detector.predict(images, floor=FLOOR), strict=True):
+        for sample, detections in zip(batch, detector.predict(images), strict=True):
             found[sample.key] = detections
         if on_progress is not None:
             on_progress(min(1.0, (start + size) / len(samples)))
@@ -47,7 +45,9 @@ def relabel(detections: Detections, old: Sequence[str], new: Sequence[str]) -> D
     position = {label: i for i, label in enumerate(new)}
     mapping = np.array([position.get(label, -1) for label in old] or [-1], np.int64)
     labels = mapping[detections.labels]
-    return Detections(detections.boxes, detections.scores, labels).where(labels >= 0)
+    return Detections(detections.boxes, detections.scores, labels, detections.embedding).where(
+        labels >= 0
+    )
 
 
 def save_out_of_fold(

@@ -18,15 +18,15 @@ from ml_backend.detection.batching import BatchingPredictor
 from ml_backend.detection.detector import CorruptDetector, Detector
 from ml_backend.detection.device import own_device, resolve_device, serving_devices
 from ml_backend.detection.zoo import preset_named
+from ml_backend.learning.acquisition import Reference, Strategy, strategy_named
 from ml_backend.learning.promotion import counts_of
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
 from ml_backend.store.registry import Registry, VersionMissing
-from ml_backend.store.tables import ModelVersion, Project
+from ml_backend.store.tables import PRETRAINED, ModelVersion, Project
 
 _log = logging.getLogger(__name__)
 
-PRETRAINED = "untrained-coco"
 SCARCE = 0.1
 """Share of memory below which the model used longest ago is let go."""
 _WATCH = 1.0
@@ -43,6 +43,7 @@ class LoadedModel:
         thresholds: confidence from which a box is shown, by label; labels that are missing were
             never seen in training and are never predicted.
         predictor: predicts, in batches.
+        strategy: scores what is to be asked next.
         generic: whether it is the COCO detector, whose classes must be matched to labels.
     """
 
@@ -50,6 +51,7 @@ class LoadedModel:
     labels: tuple[str, ...]
     thresholds: Mapping[str, float]
     predictor: BatchingPredictor
+    strategy: Strategy
     generic: bool = False
 
 
@@ -180,6 +182,7 @@ class Models:
                 labels=detector.labels,
                 thresholds={k: v for k, v in detector.thresholds.items() if k in seen},
                 predictor=BatchingPredictor(detector, device_lock=self._device_lock),
+                strategy=self._strategy(Reference.load(folder, len(detector.labels)), version),
             )
             with self._lock:
                 old = self._loaded.pop(project.id, None)
@@ -240,7 +243,13 @@ class Models:
             labels=detector.labels,
             thresholds=dict.fromkeys(detector.labels, 0.5),
             predictor=BatchingPredictor(detector, device_lock=self._device_lock),
+            strategy=self._strategy(Reference.unknown(len(detector.labels)), PRETRAINED),
             generic=True,
+        )
+
+    def _strategy(self, reference: Reference, version: str) -> Strategy:
+        return strategy_named(
+            self._settings.strategy, reference, version, self._settings.random_share
         )
 
 

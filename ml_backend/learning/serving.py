@@ -11,22 +11,21 @@ from typing import Any
 
 import numpy as np
 
+from ml_backend.detection.costs import shown
 from ml_backend.detection.decoding import UndecodableImage, decode_image
 from ml_backend.detection.types import Detections
 from ml_backend.label_studio.images import ImageSource, ImageUnavailable
 from ml_backend.label_studio.label_config import BoxControl, LabelConfig, match_labels
 from ml_backend.label_studio.regions import write_regions
+from ml_backend.learning.blind import is_blind
 from ml_backend.learning.label_studios import LabelStudios
 from ml_backend.learning.metrics import IMAGE_FAILURES, PREDICTED
 from ml_backend.learning.models import LoadedModel, Models
-from ml_backend.learning.scoring import acquisition_score
 from ml_backend.settings import Settings
 from ml_backend.store.tables import Project
 
 _log = logging.getLogger(__name__)
 
-FLOOR = 0.05
-"""Confidence down to which candidates are looked at; the thresholds decide what is shown."""
 WINDOW = 12
 """Images of one request in work at a time, so that a long one does not hold up a short one."""
 POOL = 48
@@ -48,6 +47,14 @@ class Predicted:
     results: list[TaskPrediction | None]
     unfinished: list[int]
     version: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What was found for a task: the regions that are shown, and the candidates of each image."""
+
+    regions: list[dict[str, Any]]
+    images: list[Detections]
 
 
 class Serving:
@@ -80,7 +87,8 @@ class Serving:
         if model is None:
             return Predicted(results, [], self._models.version(project))
         images = self._label_studios.images(project)
-        running: dict[Future[TaskPrediction | None], int] = {}
+        found: list[_Found | None] = [None] * len(tasks)
+        running: dict[Future[_Found | None], int] = {}
         waiting = iter(range(len(tasks)))
         unfinished: list[int] = []
         exhausted = False
@@ -100,7 +108,8 @@ class Serving:
                 break
             done, _ = wait(running, timeout=left, return_when=FIRST_COMPLETED)
             for job in done:
-                results[running.pop(job)] = job.result()
+                found[running.pop(job)] = job.result()
+        self._score(model, tasks, found, results)
         PREDICTED.inc(sum(r is not None for r in results))
         return Predicted(results, unfinished, model.version)
 
@@ -110,10 +119,10 @@ class Serving:
         images: ImageSource,
         config: LabelConfig,
         task: dict[str, Any],
-    ) -> TaskPrediction | None:
-        """One task's prediction; None where an image of it cannot be had (it is logged why)."""
+    ) -> _Found | None:
+        """What one task shows; None where an image of it cannot be had (it is logged why)."""
         regions: list[dict[str, Any]] = []
-        scores: list[float] = []
+        images_of_task: list[Detections] = []
         number = task.get("id")
         for data_key, controls in config.controls_by_image().items():
             try:
@@ -132,19 +141,38 @@ class Serving:
                 _log.exception("task %s gets no prediction: its image could not be read", number)
                 return None
             try:
-                candidates = model.predictor.submit(image, floor=FLOOR).result()
+                candidates = model.predictor.submit(image).result()
             except Exception:
                 # Whatever one image does to the model, the others are answered.
                 IMAGE_FAILURES.labels("model").inc()
                 _log.exception("task %s gets no prediction: the model failed on it", number)
                 return None
-            scores.append(acquisition_score(candidates))
+            images_of_task.append(candidates)
             regions += _regions(model, config, controls, candidates, image.width, image.height)
-        return {
-            "result": regions,
-            "score": min(scores, default=1.0),
-            "model_version": model.version,
-        }
+        blind = isinstance(number, int) and is_blind(number, self._settings.blind_share)
+        return _Found([] if blind else regions, images_of_task)
+
+    @staticmethod
+    def _score(
+        model: LoadedModel,
+        tasks: Sequence[dict[str, Any]],
+        found: Sequence[_Found | None],
+        results: list[TaskPrediction | None],
+    ) -> None:
+        """Fills in the results; a task of several images counts by the one that teaches most."""
+        images = [(i, image) for i, f in enumerate(found) if f is not None for image in f.images]
+        numbers = [tasks[i].get("id") for i, _ in images]
+        scores = model.strategy.score(numbers, [image for _, image in images])
+        lowest: dict[int, float] = {}
+        for (i, _), score in zip(images, scores, strict=True):
+            lowest[i] = min(score, lowest.get(i, 1.0))
+        for i, one in enumerate(found):
+            if one is not None:
+                results[i] = {
+                    "result": one.regions,
+                    "score": lowest.get(i, 1.0),
+                    "model_version": model.version,
+                }
 
 
 def _regions(
@@ -156,23 +184,23 @@ def _regions(
     height: int,
 ) -> list[dict[str, Any]]:
     """The boxes that are shown, each drawn by the first control that has its label."""
-    result: list[dict[str, Any]] = []
     names = _names(model, config)
-    drawn = np.zeros(len(candidates), bool)
+    learned = np.array([model.thresholds.get(label, np.inf) for label in model.labels])
+    by_label = np.full(len(model.labels), np.inf)
+    drawn_by: dict[int, BoxControl] = {}
+    for index, name in enumerate(names):
+        control = next((c for c in controls if name in {o.output for o in c.labels}), None)
+        if control is None or not np.isfinite(learned[index]):
+            continue
+        drawn_by[index] = control
+        # What the label config says wins over what was learned.
+        own = control.score_threshold
+        by_label[index] = learned[index] if own is None else own
+    kept = shown(candidates, by_label[candidates.labels])
+    result: list[dict[str, Any]] = []
     for control in controls:
-        own = {label.output for label in control.labels}
-        keep: list[int] = []
-        for i, index in enumerate(candidates.labels.tolist()):
-            name = names[index]
-            if drawn[i] or name is None or name not in own:
-                continue
-            learned = model.thresholds.get(model.labels[index])
-            threshold = control.score_threshold if learned is not None else None
-            threshold = learned if threshold is None else threshold
-            if threshold is not None and candidates.scores[i] >= threshold:
-                keep.append(i)
-        drawn[keep] = True
-        chosen = candidates.where(np.isin(np.arange(len(candidates)), keep))
+        mine = [i for i, drawer in drawn_by.items() if drawer is control]
+        chosen = kept.where(np.isin(kept.labels, mine))
         result += write_regions(
             chosen.boxes,
             chosen.scores,
