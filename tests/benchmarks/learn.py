@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.learn DATASET --weights FILE
 
-DATASET is a folder in COCO format: `annotations.json`, and the images in `images/`. For each size
-the first images of one seeded order are learned from; all others measure, but never those among
-the first 55, so that the smaller sizes are measured on the same images.
+DATASET is COCO, Pascal VOC, YOLO or an export of Label Studio. For each size the first images of
+one seeded order are learned from; all others measure, but never those among the first 55, so that
+the smaller sizes are measured on the same images.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from ml_backend.detection.evaluation import bootstrap_interval, evaluate
 from ml_backend.detection.training import Progress, TrainingResult, train
 from ml_backend.detection.types import Sample
 from ml_backend.detection.zoo import preset_named
+from ml_backend.learning.datasets import read_dataset
 from ml_backend.learning.honest import predict_samples
-from tests.benchmarks.bccd import load_coco
 
 _SMALLEST_TEST = 55
 _err = Console(stderr=True)
 
 
 def main(
-    dataset: Annotated[Path, typer.Argument(help="Folder in COCO format.")],
+    dataset: Annotated[Path, typer.Argument(help="Folder of a labelled data set.")],
     weights: Annotated[str, typer.Option(help="As ML_BACKEND_WEIGHTS.")] = "auto",
     preset: Annotated[str, typer.Option(help="As ML_BACKEND_PRESET.")] = "tiny",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -47,7 +47,8 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Answer as JSON.")] = False,
 ) -> None:
     """Train on some images, measure on the others."""
-    labels, samples = load_coco(dataset)
+    data = read_dataset(dataset, _err.print)
+    labels, samples = data.labels, data.samples
     order = list(range(len(samples)))
     random.Random(seed).shuffle(order)
     shuffled = [samples[i] for i in order]
