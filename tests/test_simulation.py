@@ -1,0 +1,188 @@
+"""Simulated campaigns: the accounting, the policy, and the command, on generated images."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ml_backend.demo.shapes import SHAPES, generate
+from ml_backend.detection.detector import Detector
+from ml_backend.detection.training import train
+from ml_backend.detection.types import Sample
+from ml_backend.detection.zoo import PRESETS
+from ml_backend.learning.simulation import Simulation
+from ml_backend.settings import load_settings
+from tests.conftest import ROOT
+
+CPU = torch.device("cpu")
+LABELS = SHAPES[:3]
+SMALL = replace(
+    PRESETS["tiny"],
+    name="tests.test_simulation:SMALL",
+    min_size=96,
+    max_size=128,
+    steps=60,
+    epochs=1,
+)
+PRICES = (7.0, 27.6)
+
+
+def _samples(folder: Path, count: int, seed: int) -> list[Sample]:
+    samples = []
+    for image in generate(count, seed=seed, width=128, height=96, most=3):
+        path = folder / image.name
+        path.write_bytes(image.encoded())
+        labels = np.array([LABELS.index(name) for name in image.labels], np.int64)
+        samples.append(Sample(image.name, path, image.boxes, labels))
+    return samples
+
+
+def _as_coco(folder: Path, samples: Sequence[Sample]) -> None:
+    images = [
+        {"id": i, "file_name": s.image.name, "width": 128, "height": 96}
+        for i, s in enumerate(samples)
+    ]
+    boxes = [
+        {"image_id": i, "category_id": int(c), "bbox": [x1, y1, x2 - x1, y2 - y1]}
+        for i, s in enumerate(samples)
+        for c, (x1, y1, x2, y2) in zip(s.labels.tolist(), s.boxes.tolist(), strict=True)
+    ]
+    content = {
+        "images": images,
+        "annotations": [{"id": n, **box} for n, box in enumerate(boxes)],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(LABELS)],
+    }
+    (folder / "annotations.json").write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights that have seen other shapes, as a pretrained trunk has."""
+    folder = tmp_path_factory.mktemp("weights")
+    samples = _samples(folder, 40, seed=7)
+    result = train(
+        replace(SMALL, steps=300),
+        LABELS,
+        samples,
+        weights="none",
+        device=CPU,
+        threads=os.cpu_count(),
+        budget_seconds=300,
+    )
+    result.detector.save(folder)
+    return folder / "model.safetensors"
+
+
+def _simulate(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    environ = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "ML_BACKEND_PRESET": SMALL.name,
+        "ML_BACKEND_DEVICE": "cpu",
+        "ML_BACKEND_TRAIN_GROWTH": "2",
+        **settings,
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "ml_backend.cli", "simulate", *arguments],
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+
+def test_a_campaign_saves_work_and_says_how_much(tmp_path: Path, weights: Path) -> None:
+    samples = _samples(tmp_path, 50, seed=1)
+    _as_coco(tmp_path, samples)
+    boxes = sum(len(s.labels) for s in samples)
+    picture = tmp_path / "curves.png"
+    arguments = [str(tmp_path), "--strategies", "diverse", "--picture", str(picture), "--json"]
+    done = _simulate(*arguments, ML_BACKEND_WEIGHTS=str(weights))
+    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = json.loads(done.stdout)
+    assert (report["images"], report["boxes"]) == (50, boxes)
+    loop, story = report["campaigns"]
+    assert (loop["name"], story["name"]) == ("diverse", "one round after 25")
+    # By the policy: after the first 10, and when twice as many have come as there were.
+    assert [r["images"] for r in loop["rounds"]] == [10, 30]
+    assert [r["images"] for r in story["rounds"]] == [25]
+    for campaign in (loop, story):
+        for price in PRICES:
+            human, hand = campaign["human"][str(price)], campaign["by_hand"][str(price)]
+            assert len(human) == len(hand) == 50
+            assert hand[-1] == pytest.approx(50 * 3.3 + boxes * price)
+            assert human == sorted(human)
+    assert loop["rounds"][-1]["promoted"]
+    assert loop["rounds"][-1]["map50_of_rest"] > 0.3
+    assert loop["saving"]["27.6"] > 1.15
+    # What costs more to draw, saves more by being drawn.
+    assert loop["saving"]["27.6"] > loop["saving"]["7.0"] >= 1.0
+    # Until the first training the story is drawn by hand, box by box.
+    assert story["human"]["7.0"][24] == pytest.approx(story["by_hand"]["7.0"][24])
+    assert Image.open(picture).size[0] > 600
+
+
+def test_wrong_words_are_answered_in_words(tmp_path: Path) -> None:
+    wrong = _simulate(str(tmp_path), "--strategies", "clever", ML_BACKEND_WEIGHTS="none")
+    assert wrong.returncode == 2
+    assert "there is no strategy 'clever': diverse, uncertainty, random" in wrong.stderr
+    missing = _simulate(str(tmp_path), ML_BACKEND_WEIGHTS="none")
+    assert missing.returncode == 1
+    assert str(tmp_path) in missing.stderr
+    assert "Traceback" not in missing.stderr
+
+
+def _never_trained(samples: Sequence[Sample], labels: Sequence[str] = LABELS) -> Simulation:
+    settings = load_settings(
+        {"ML_BACKEND_TRAIN_MIN": "1000", "ML_BACKEND_PRESET": "tiny", "ML_BACKEND_WEIGHTS": "none"}
+    )
+    return Simulation(settings, CPU, labels, samples, PRICES, lambda fraction, words: None)
+
+
+def test_without_a_detector_all_is_drawn_by_hand_in_an_order_of_the_seed(tmp_path: Path) -> None:
+    simulation = _never_trained(_samples(tmp_path, 30, seed=2))
+    first, other, again = (simulation.loop("random", seed) for seed in (0, 1, 0))
+    assert first.human == first.by_hand == again.human
+    assert first.saving(7.0) == 1.0
+    assert first.human[7.0][:10] != other.human[7.0][:10]
+    assert first.human[7.0][-1] == pytest.approx(other.human[7.0][-1])
+    assert len(simulation.loop("diverse", 0, stop_after=12).human[7.0]) == 12
+
+
+def test_a_label_that_comes_late_costs_nothing_before(tmp_path: Path) -> None:
+    samples = _samples(tmp_path, 30, seed=2)
+    whole = _never_trained(samples).loop("random", 0)
+    late = _never_trained(samples).loop("random", 0, late={"Circle": 15})
+    gained = np.diff([0.0, *late.human[7.0]]) - np.diff([0.0, *whole.human[7.0]])
+    circles = [int((s.labels == LABELS.index("Circle")).sum()) for s in samples]
+    assert gained[15:] == pytest.approx(np.zeros(15))
+    missing = -gained[:15].sum() / 7.0
+    assert 0 < missing < sum(circles)
+    assert missing == pytest.approx(round(missing))
+
+
+def test_embeddings_do_not_depend_on_the_rest_of_the_batch(tmp_path: Path) -> None:
+    detector = Detector.pretrained(PRESETS["tiny"], LABELS, "none", CPU)
+    wide, tall = Image.new("RGB", (300, 120), "red"), Image.effect_noise((90, 200), 60)
+    images = [wide, tall.convert("RGB")]
+    together = detector.predict(images)
+    for image, found in zip(images, together, strict=True):
+        (alone,) = detector.predict([image])
+        assert alone.embedding is not None
+        assert found.embedding is not None
+        assert float(alone.embedding @ found.embedding) > 0.97
+    first, second = (f.embedding for f in together)
+    assert first is not None
+    assert second is not None
+    assert float(first @ second) < 0.95
