@@ -7,12 +7,14 @@ import threading
 from typing import TYPE_CHECKING
 
 from ml_backend.label_studio.images import DiskCache
+from ml_backend.learning.audits import Audits
 from ml_backend.learning.in_step import InStep
 from ml_backend.learning.ingest import Ingest
 from ml_backend.learning.jobs import Jobs
 from ml_backend.learning.label_studios import LabelStudios
 from ml_backend.learning.leftovers import Leftovers
 from ml_backend.learning.promotion import Versions
+from ml_backend.learning.tidy import Tidy
 from ml_backend.learning.worker import Tasks, Worker, make_queue
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
@@ -96,6 +98,11 @@ class Backend:
         """Keeps Label Studio's side in step."""
         return InStep(self.settings, self.database, self.label_studios)
 
+    @functools.cached_property
+    def audits(self) -> Audits:
+        """What people made of predictions."""
+        return Audits(self.settings, self.database, self.label_studios)
+
     def worker(self) -> Worker:
         """A worker on this backend's queue."""
         leftovers = Leftovers(
@@ -104,4 +111,14 @@ class Backend:
             # Made when the first left-over job comes: most workers never load a model.
             lambda: self.serving,
         )
-        return Worker(self.settings, self.database, self.jobs, self.tasks, self.in_step, leftovers)
+        return Worker(
+            self.settings,
+            self.database,
+            self.jobs,
+            self.tasks,
+            self.in_step,
+            leftovers,
+            self.audits,
+            self.label_studios,
+            Tidy(self.database, self.label_studios, self.audits.update),
+        )

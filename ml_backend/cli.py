@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from sqlalchemy import select
+from sqlalchemy import func, select
 
 from ml_backend.settings import Settings, SettingsError, load_settings
 from ml_backend.store.registry import VersionMissing
@@ -33,6 +33,15 @@ app = typer.Typer(
 )
 _out = Console()
 _err = Console(stderr=True)
+
+# The newest of each kind come first.
+_rank = select(
+    Job.id,
+    Job.project_id,
+    func.row_number()
+    .over(partition_by=(Job.project_id, Job.kind), order_by=Job.id.desc())
+    .label("rank"),
+).subquery()
 
 _Project = Annotated[int, typer.Option("--project", "-p", help="The project's id.")]
 _Json = Annotated[bool, typer.Option("--json", help="Answer as JSON.")]
@@ -216,6 +225,36 @@ def train(
 
 
 @app.command()
+def autolabel(
+    project: _Project,
+    wait: Annotated[bool, typer.Option(help="Wait for its end, showing progress.")] = True,
+    as_json: _Json = False,
+) -> None:
+    """Predict every task without an annotation; goes on by itself where it was interrupted."""
+    _, backend = _backend()
+    row = _find(backend, project)
+    if backend.label_studios.client(row) is None:
+        raise _fail(
+            "predictions cannot be imported without LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY "
+            "(Label Studio shows the token under Account & Settings)"
+        )
+    asked = backend.jobs.consider_autolabel(row.id, trigger="command", forced=True)
+    if asked.enqueue:
+        backend.tasks.put("autolabel", asked.job)
+    try:
+        job = _wait(backend, asked.job) if wait else backend.jobs.get(asked.job)
+    except KeyboardInterrupt:
+        _err.print(f"job {asked.job} goes on without you: `ml-backend status` shows how far it is")
+        raise typer.Exit(130) from None
+    if as_json:
+        _print_json(_job_as_dict(job))
+    else:
+        _out.print(f"job {job.id}: {job.state}: {job.reason}", soft_wrap=True, highlight=False)
+    if job.state in {"refused", "failed"}:
+        raise typer.Exit(1)
+
+
+@app.command()
 def status(as_json: _Json = False) -> None:
     """Show projects, live versions, and jobs with their progress and reasons."""
     _, backend = _backend()
@@ -223,11 +262,18 @@ def status(as_json: _Json = False) -> None:
         projects = session.scalars(select(Project).order_by(Project.id)).all()
         jobs = {
             p.id: session.scalars(
-                select(Job).where(Job.project_id == p.id).order_by(Job.id.desc()).limit(3)
+                select(Job)
+                .where(
+                    Job.id.in_(
+                        select(_rank.c.id).where(_rank.c.project_id == p.id, _rank.c.rank <= 3)
+                    )
+                )
+                .order_by(Job.id.desc())
             ).all()
             for p in projects
         }
     cards = {p.id: {v.name: v.card for v in backend.versions.all(p.id)} for p in projects}
+    audits = {p.id: backend.audits.summary(p.id) for p in projects}
     if as_json:
         _print_json(
             [
@@ -237,6 +283,7 @@ def status(as_json: _Json = False) -> None:
                     "live_version": p.live_version,
                     "heard_at": p.heard_at,
                     "metrics": cards[p.id].get(p.live_version or "", {}).get("metrics"),
+                    "audits": summary.as_dict() if (summary := audits[p.id]) else None,
                     "jobs": [_job_as_dict(job) for job in jobs[p.id]],
                 }
                 for p in projects
@@ -251,6 +298,9 @@ def status(as_json: _Json = False) -> None:
         quality = f", {_quality(card)}" if card else ""
         _out.print(f"[bold]{p.title or 'project'}[/] ({p.key})", highlight=False)
         _out.print(f"  live: {p.live_version or 'untrained'}{quality}", highlight=False)
+        if summary := audits[p.id]:
+            for line in summary.in_words():
+                _out.print(f"  {line}", highlight=False, soft_wrap=True)
         for job in jobs[p.id]:
             percent = f" {job.progress:.0%}" if job.state == "running" else ""
             _out.print(
@@ -312,6 +362,70 @@ def rollback(
     _out.print(f"{version} is live again")
 
 
+@app.command()
+def simulate(
+    dataset: Annotated[
+        Path, typer.Argument(help="Labelled images: COCO, Pascal VOC, YOLO, or an export.")
+    ],
+    strategies: Annotated[
+        str, typer.Option(help="What is asked next: diverse, uncertainty, random.")
+    ] = "diverse,random",
+    seeds: Annotated[str, typer.Option(help="One campaign of each strategy for each.")] = "0",
+    prices: Annotated[str, typer.Option(help="Seconds that drawing a box takes.")] = "7,27.6",
+    story: Annotated[
+        bool, typer.Option(help="Also one round after the first 55 images, as in the story.")
+    ] = True,
+    stop_after: Annotated[int | None, typer.Option(help="Images to label; all by default.")] = None,
+    picture: Annotated[Path, typer.Option(help="Receives the curves.")] = Path("simulation.png"),
+    as_json: _Json = False,
+) -> None:
+    """Run whole campaigns on labelled images, and count what people would have saved.
+
+    The settings are those of a live project: ML_BACKEND_PRESET, _WEIGHTS, _TRAIN_EVERY,
+    _TRAIN_GROWTH, _TRAIN_BUDGET and the rest. Trainings take all cores unless
+    ML_BACKEND_TRAIN_THREADS says otherwise.
+    """
+    settings = _settings()
+    from ml_backend.learning.datasets import DatasetError, read_dataset
+    from ml_backend.learning.simulation_report import Plan, as_dict, run, summary_table
+
+    try:
+        plan = Plan(
+            strategies=tuple(strategies.split(",")),
+            seeds=tuple(int(seed) for seed in seeds.split(",")),
+            prices=tuple(float(price) for price in prices.split(",")),
+            story=story,
+            stop_after=stop_after,
+        )
+    except ValueError as error:
+        _err.print(f"[red]wrong option:[/] {error}", soft_wrap=True)
+        raise typer.Exit(2) from None
+    try:
+        data = read_dataset(dataset)
+        with Progress(console=_err) as progress:
+            bar = progress.add_task("", total=1.0)
+
+            def tell(fraction: float, words: str) -> None:
+                progress.update(bar, completed=fraction, description=words)
+
+            campaigns = run(plan, settings, data, tell)
+    except DatasetError as error:
+        raise _fail(str(error)) from None
+    from ml_backend.learning.chart import draw_campaigns
+
+    try:
+        draw_campaigns(campaigns, f"{dataset.name}: {len(data.samples)} images", picture)
+    except (OSError, ValueError) as error:
+        raise _fail(f"the picture {picture} cannot be written: {error}") from None
+    if as_json:
+        _print_json(as_dict(plan, data, campaigns))
+        return
+    for reason, count in data.left_out.items():
+        _err.print(f"left out: {count} × {reason}", soft_wrap=True, highlight=False)
+    _out.print(summary_table(plan, campaigns))
+    _out.print(f"The curves are in {picture}.")
+
+
 def _backend() -> tuple[Settings, Any]:
     from ml_backend.backend import Backend
 
@@ -333,7 +447,7 @@ def _find(backend: Any, number: int) -> Project:
 
 def _wait(backend: Any, job_id: int) -> Job:
     with Progress(console=_err) as progress:
-        bar = progress.add_task("training", total=1.0)
+        bar = progress.add_task("waiting", total=1.0)
         while True:
             job: Job = backend.jobs.get(job_id)
             progress.update(bar, completed=job.progress, description=job.reason[:70])

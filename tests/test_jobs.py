@@ -14,9 +14,10 @@ from ml_backend.label_studio.events import (
     AnnotationsChanged,
     ProjectInfo,
     TaskInfo,
+    TasksChanged,
 )
 from ml_backend.learning.ingest import Ingest
-from ml_backend.learning.jobs import ATTEMPTS, STALE_AFTER, Asked, Jobs
+from ml_backend.learning.jobs import ATTEMPTS, STALE_AFTER, STILL_OPEN, Asked, Jobs, TakenOver
 from ml_backend.learning.policy import PATIENCE
 from ml_backend.learning.promotion import Verdict, Versions
 from ml_backend.settings import load_settings
@@ -84,6 +85,11 @@ class Loop:
         """All jobs, oldest first."""
         with self.database.reading() as session:
             return list(session.scalars(select(Job).order_by(Job.id)))
+
+    def promoted(self, name: str) -> None:
+        """Enters a version and makes it live."""
+        verdict = Verdict(True, "promoted")
+        self.versions.record(self.project_id, name, {}, verdict, parent=None, revision=0)
 
     def trained(self, name: str, revision: int) -> None:
         """Enters a version that saw the annotations up to a revision."""
@@ -401,3 +407,83 @@ def test_tasks_left_over_by_a_request_wait_for_a_worker(loop: Loop) -> None:
     # Predictions do not stand in a training's way.
     loop.annotate(range(1, 11))
     assert loop.ask().enqueue
+
+
+def test_the_rest_is_labelled_once_for_each_live_version(loop: Loop) -> None:
+    assert loop.jobs.consider_autolabel(loop.project_id) is None
+    loop.promoted("v1")
+    asked = loop.jobs.consider_autolabel(loop.project_id)
+    assert asked is not None
+    assert (asked.state, asked.reason, asked.enqueue) == ("queued", "v1 is live", True)
+    again = loop.jobs.consider_autolabel(loop.project_id)
+    assert again is not None
+    assert (again.job, again.enqueue) == (asked.job, False)
+    assert loop.jobs.claim(asked.job) is not None
+    # While it runs, a promotion waits for its end.
+    loop.promoted("v2")
+    running = loop.jobs.consider_autolabel(loop.project_id)
+    assert running is not None
+    assert (running.job, running.enqueue) == (asked.job, False)
+    loop.jobs.finish(asked.job, "done", "superseded by v2", version="v1")
+    following = loop.jobs.consider_autolabel(loop.project_id)
+    assert following is not None
+    assert following.enqueue
+    for state in ("done", "failed", "refused"):
+        loop.jobs.finish(following.job, state, "so it ended", version="v2")
+        assert loop.jobs.consider_autolabel(loop.project_id) is None
+    asked_for = loop.jobs.consider_autolabel(loop.project_id, trigger="command", forced=True)
+    assert asked_for is not None
+    assert asked_for.reason == "asked for, with v2"
+
+
+def test_the_rest_is_labelled_again_when_tasks_arrive(loop: Loop) -> None:
+    loop.promoted("v1")
+    first = loop.jobs.consider_autolabel(loop.project_id)
+    assert first is not None
+    loop.jobs.finish(first.job, "done", "all predicted", version="v1")
+    # A task that was heard of with its annotation is none to predict.
+    loop.annotate(range(1, 3))
+    assert loop.jobs.consider_autolabel(loop.project_id) is None
+    loop.ingest.apply(TasksChanged(PROJECT, (TaskInfo(3, {}, START),)), PROJECT)
+    arrived = loop.jobs.consider_autolabel(loop.project_id)
+    assert arrived is not None
+    job = loop.job(arrived.job)
+    assert (job.trigger, job.reason) == ("tasks", "new tasks have arrived")
+    # They come in several events, so it waits a little, unless somebody asks.
+    assert not arrived.enqueue
+    assert loop.jobs.claim(job.id) is None
+    asked = loop.jobs.consider_autolabel(loop.project_id, forced=True)
+    assert asked is not None
+    assert (asked.job, asked.enqueue) == (job.id, True)
+    loop.jobs.finish(job.id, "done", "all predicted", version="v1")
+    assert loop.jobs.consider_autolabel(loop.project_id) is None
+
+
+def test_a_job_that_comes_on_does_not_fail_however_often_it_is_interrupted(loop: Loop) -> None:
+    number = loop.started()
+    for step in range(1, 2 * ATTEMPTS):
+        job = loop.job(number)
+        loop.jobs.advance(job, step / 10, f"{step} of 10", payload={"cursor": step})
+        assert loop.jobs.try_again(number, "it was killed", wait=0)
+        claimed = loop.jobs.claim(number)
+        assert claimed is not None
+        assert (claimed.attempt, claimed.payload) == (2, {"cursor": step})
+    # The run before knows that it has it no more.
+    with pytest.raises(TakenOver):
+        loop.jobs.advance(job, 0.9, "9 of 10", payload={"cursor": 9})
+    with pytest.raises(TakenOver):
+        loop.jobs.hold(job)
+    assert loop.job(number).payload == {"cursor": 2 * ATTEMPTS - 1}
+
+
+def test_older_predictions_are_removed_some_time_after_the_newer_ones_came(loop: Loop) -> None:
+    first = loop.jobs.plan_tidying(loop.project_id, ["v1"])
+    assert loop.jobs.claim(first) is None
+    loop.silent_for(first, timedelta(minutes=1))
+    assert loop.jobs.due() == []
+    # Another version meanwhile: the time begins anew, and nothing is removed twice.
+    assert loop.jobs.plan_tidying(loop.project_id, ["v1", "v2"]) == first
+    job = loop.job(first)
+    assert job.payload == {"versions": ["v1", "v2"]}
+    assert job.not_before is not None
+    assert timedelta(0) < job.not_before - now() <= STILL_OPEN

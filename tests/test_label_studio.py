@@ -298,6 +298,7 @@ def test_what_a_request_leaves_over_is_finished_and_imported(
     project, images = _project(label_studio, 60)
     client = LabelStudioClient(label_studio.url, label_studio.login.token)
     unstarted.settings["ML_BACKEND_PREDICT_DEADLINE"] = "0.5"
+    unstarted.settings["ML_BACKEND_AUTO_LABEL"] = "false"
     cpu = torch.device("cpu")
     detector = Detector.pretrained(preset_named("tiny", cpu), SHAPES[:3], "none", cpu)
     detector.thresholds = dict.fromkeys(SHAPES[:3], 0.5)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 
 from flask import Blueprint, Response
 from prometheus_client import (
@@ -18,6 +19,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from sqlalchemy import func, select
 
 from ml_backend.http.current import backend
+from ml_backend.learning.audits import Audits
 from ml_backend.store.database import Database
 from ml_backend.store.tables import Job, ModelVersion, Project
 
@@ -25,10 +27,11 @@ blueprint = Blueprint("metrics", __name__)
 
 
 class _FromDatabase:
-    """Jobs and live versions, as the database has them at the moment."""
+    """Jobs, live versions and audits, as the database has them at the moment."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, audits: Audits) -> None:
         self._database = database
+        self._audits = audits
 
     def collect(self) -> Iterator[Metric]:
         jobs = GaugeMetricFamily("ml_backend_jobs", "Jobs", labels=["kind", "state"])
@@ -55,14 +58,48 @@ class _FromDatabase:
                 .where(Job.kind == "train", Job.state == "running")
             ):
                 pending.add_metric([key], progress)
+            projects = session.execute(select(Project.id, Project.key)).all()
         yield from (jobs, quality, pending)
+        yield from self._audited([(number, key) for number, key in projects])
+
+    def _audited(self, projects: Sequence[tuple[int, str]]) -> Iterator[Metric]:
+        boxes = GaugeMetricFamily(
+            "ml_backend_audited_boxes",
+            "Predicted boxes by what people made of them, and boxes that they added",
+            labels=["project", "version", "outcome"],
+        )
+        hours = GaugeMetricFamily(
+            "ml_backend_hours_saved", "Hours that predictions saved, estimated", labels=["project"]
+        )
+        seconds = GaugeMetricFamily(
+            "ml_backend_lead_time_seconds",
+            "Median time of an annotation: with boxes, of blind tasks, or before the first version",
+            labels=["project", "began"],
+        )
+        for number, key in projects:
+            summary = self._audits.summary(number)
+            if summary is None:
+                continue
+            for version, outcome in summary.versions.items():
+                for name, count in asdict(outcome.boxes).items():
+                    boxes.add_metric([key, version, name], count)
+            if summary.ours.hours_saved is not None:
+                hours.add_metric([key], summary.ours.hours_saved)
+            for began, pace in (
+                ("boxes", summary.ours.pace),
+                ("blind", summary.blind),
+                ("early", summary.early),
+            ):
+                if pace is not None:
+                    seconds.add_metric([key, began], pace.median)
+        yield from (boxes, hours, seconds)
 
 
 @blueprint.get("/metrics")
 def metrics() -> Response:
     """Counters of all worker processes, and gauges from the database."""
     shown = CollectorRegistry()
-    shown.register(_FromDatabase(backend().database))
+    shown.register(_FromDatabase(backend().database, backend().audits))
     text = generate_latest(shown)
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         counters = CollectorRegistry()

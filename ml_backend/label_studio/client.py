@@ -18,7 +18,13 @@ from label_studio_sdk.core.api_error import ApiError
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
-from ml_backend.label_studio.events import InvalidEvent, ProjectInfo, read_project
+from ml_backend.label_studio.events import (
+    InvalidEvent,
+    PredictionInfo,
+    ProjectInfo,
+    read_prediction,
+    read_project,
+)
 
 GUARD = (
     "set ML_BLOCK_LOCAL_IP=false and SSRF_PROTECTION_ENABLED=false on the Label Studio side and "
@@ -26,6 +32,10 @@ GUARD = (
 )
 _TIMEOUT = (3.05, 60)
 _PAGE = 500
+_IMPORT = 1000
+_IMPORT_TIMEOUT = (3.05, 600)
+"""With each import Label Studio counts anew for every task of the project that is predicted: at
+100,000 tasks that takes it a minute or more, so there are few of them, and they get their time."""
 
 
 class LabelStudioError(RuntimeError):
@@ -193,15 +203,76 @@ class LabelStudioClient:
             if any(p.get("model_version") == version for p in task.get("predictions", []))
         }
 
+    def prediction(self, number: int) -> PredictionInfo:
+        """A prediction."""
+        try:
+            return read_prediction(self._request("GET", f"/api/predictions/{number}/"))
+        except InvalidEvent as error:
+            raise BadAnswer(f"{self.url}: prediction {number}: {error}") from error
+
+    def unpredicted_tasks(
+        self, project: int, version: str, *, after: int, limit: int
+    ) -> tuple[list[dict[str, Any]], int]:
+        """Tasks without an annotation that hold no prediction of a version, in the order of ids.
+
+        Args:
+            project: its id.
+            version: the version.
+            after: only tasks with a larger id.
+            limit: how many at most.
+
+        Returns:
+            The tasks, with their data as it stands in Label Studio, and how many there are in all
+            beyond `after`.
+        """
+        answer = self._tasks_page(
+            project,
+            [
+                _filter("total_annotations", "equal", "Number", 0),
+                _filter("predictions_model_versions", "not_contains", "List", [version]),
+                _filter("id", "greater", "Number", after),
+            ],
+            # `review` keeps Label Studio from asking us for predictions, and from adding columns
+            # that nobody needs here; cloud addresses stay what they are in a request to predict.
+            {"page_size": limit, "review": "true", "resolve_uri": "false"},
+        )
+        return list(answer.get("tasks", [])), int(answer.get("total", 0))
+
+    def predictions(
+        self, project: int, version: str, *, doubled: bool = False
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Pages of the predictions of a version, in the order of their tasks.
+
+        Args:
+            project: its id.
+            version: the version.
+            doubled: only where the task holds several predictions, of whatever version.
+        """
+        conditions = [_filter("predictions_model_versions", "contains", "List", [version])]
+        if doubled:
+            conditions.append(_filter("total_predictions", "greater", "Number", 1))
+        for page in self._pages(project, conditions, {"fields": "all"}):
+            # The filter finds parts of names as well, and a task once for each prediction.
+            found = {p["id"]: p for task in page for p in task["predictions"]}
+            yield [p for p in found.values() if p["model_version"] == version]
+
+    def prediction_counts(self, project: int) -> dict[str, int]:
+        """How many predictions of each version a project holds."""
+        return dict(self._request("GET", f"/api/projects/{project}/model-versions/"))
+
+    def delete_prediction(self, number: int) -> None:
+        """Deletes a prediction; annotations that began with it stay."""
+        self._request("DELETE", f"/api/predictions/{number}/")
+
     def import_predictions(self, project: int, predictions: Sequence[Mapping[str, Any]]) -> int:
-        """Imports predictions, 500 at a time; answers how many went in.
+        """Imports predictions, 1,000 at a time; answers how many went in.
 
         Label Studio rejects a whole list for one task that it no longer has: such a list is
         halved until the others are in.
         """
         imported = 0
-        for start in range(0, len(predictions), _PAGE):
-            imported += self._import(project, list(predictions[start : start + _PAGE]))
+        for start in range(0, len(predictions), _IMPORT):
+            imported += self._import(project, list(predictions[start : start + _IMPORT]))
         return imported
 
     def ml_backends(self, project: int) -> list[dict[str, Any]]:
@@ -240,7 +311,12 @@ class LabelStudioClient:
         if not predictions:
             return 0
         try:
-            self._request("POST", f"/api/projects/{project}/import/predictions", body=predictions)
+            self._request(
+                "POST",
+                f"/api/projects/{project}/import/predictions",
+                body=predictions,
+                timeout=_IMPORT_TIMEOUT,
+            )
         except Rejected:
             if len(predictions) == 1:
                 return 0
@@ -299,6 +375,7 @@ class LabelStudioClient:
         params: Mapping[str, Any] | None = None,
         body: object = None,
         authorize: bool = True,
+        timeout: tuple[float, float] = _TIMEOUT,
     ) -> Any:
         for attempt in (1, 2):
             headers = self.auth_headers() if authorize else {}
@@ -309,7 +386,7 @@ class LabelStudioClient:
                     params=params,
                     json=body,
                     headers=headers,
-                    timeout=_TIMEOUT,
+                    timeout=timeout,
                     allow_redirects=False,
                     auth=as_it_is,
                 )

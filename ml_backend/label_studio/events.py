@@ -63,6 +63,15 @@ class AnnotationInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class PredictionInfo:
+    """A prediction, whoever made it; `model_version` is the name that its maker gave."""
+
+    id: int
+    result: list[Any]
+    model_version: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class AnnotationsChanged:
     """Annotations were created or changed."""
 
@@ -224,6 +233,21 @@ def read_annotation(content: object) -> AnnotationInfo:
         completed_by=_optional_id(fields.get("completed_by")),
         created_at=_moment(fields, "created_at", "annotation"),
         updated_at=_moment(fields, "updated_at", "annotation"),
+    )
+
+
+def read_prediction(content: object) -> PredictionInfo:
+    """A prediction, from the API; a result that is no list of regions holds none.
+
+    Raises:
+        InvalidEvent: its id is missing or wrong.
+    """
+    fields = _fields(content, "prediction")
+    result = fields.get("result")
+    return PredictionInfo(
+        _int(fields, "id", "prediction"),
+        result if isinstance(result, list) else [],
+        _optional_text(fields.get("model_version")),
     )
 
 

@@ -13,7 +13,7 @@ from ml_backend.learning.ingest import annotated_tasks, changes_since
 from ml_backend.learning.policy import Decision, Situation, decide
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
-from ml_backend.store.tables import Job, Project, now
+from ml_backend.store.tables import Annotation, Job, Project, Task, now
 
 ATTEMPTS = 3
 """How often a job that crashes is tried."""
@@ -23,10 +23,21 @@ STALE_AFTER = timedelta(seconds=30)
 
 ACTIVE = ("waiting", "queued", "running")
 
+NEW_TASKS_DELAY = timedelta(seconds=10)
+"""New tasks come in several events: they are predicted together, so long after the first."""
+
+STILL_OPEN = timedelta(minutes=15)
+"""Predictions of older versions are removed so long after the new ones are there: Label Studio
+refuses to save what somebody began with a prediction that is gone by then."""
+
+
+class TakenOver(Exception):
+    """Another run has the job: this one was silent, and taken for dead."""
+
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """The answer to whoever asked for a training.
+    """The answer to whoever asked for a job.
 
     Attributes:
         job: the job's id.
@@ -93,6 +104,81 @@ class Jobs:
             session.flush()
             return Asked(job.id, job.state, job.reason, enqueue=job.state == "queued")
 
+    def consider_autolabel(
+        self, project_id: int, *, trigger: str = "promotion", forced: bool = False
+    ) -> Asked | None:
+        """Decides whether a project's tasks without an annotation must be predicted now.
+
+        By itself that happens once for each live version, and again for tasks that have arrived
+        since. One such job of a project is active at a time; a running one sees at its next step
+        that another version is live, and ends, and the next begins.
+
+        Returns:
+            The job; None where there is nothing to do.
+        """
+        with self._database.session() as session:
+            # The row's lock: two workers must not both create the job.
+            project = session.get_one(Project, project_id, with_for_update=True)
+            before = _newest(session, project_id, "autolabel")
+            if before is not None and before.state in ACTIVE:
+                put_off = before.state == "queued" and before.not_before is not None
+                if forced and put_off:
+                    before.not_before = None
+                    before.heartbeat_at = now()
+                return Asked(before.id, before.state, before.reason, enqueue=forced and put_off)
+            newest = before.payload.get("newest_task", 0) if before is not None else 0
+            arrived = tasks_arrived(session, project_id, newest)
+            not_before = None
+            reason = f"asked for, with {project.version}"
+            if not forced:
+                if project.live_version is None:
+                    return None
+                reason = f"{project.live_version} is live"
+                if before is not None and before.version == project.live_version:
+                    if not arrived:
+                        return None
+                    trigger = "tasks"
+                    reason = "new tasks have arrived"
+                    not_before = now() + NEW_TASKS_DELAY
+            job = Job(
+                project_id=project_id,
+                kind="autolabel",
+                state="queued",
+                trigger=trigger,
+                reason=reason,
+                version=project.live_version,
+                payload={"newest_task": arrived or newest},
+                not_before=not_before,
+                heartbeat_at=now(),
+            )
+            session.add(job)
+            session.flush()
+            return Asked(job.id, job.state, job.reason, enqueue=not_before is None)
+
+    def plan_tidying(self, project_id: int, versions: list[str]) -> int:
+        """A job that removes predictions of older versions, once nobody works with them any more.
+
+        Args:
+            project_id: the project.
+            versions: the versions whose predictions go.
+        """
+        at = now() + STILL_OPEN
+        with self._database.session() as session:
+            session.get_one(Project, project_id, with_for_update=True)
+            job = _newest(session, project_id, "tidy")
+            if job is None or job.state != "queued":
+                job = Job(project_id=project_id, kind="tidy", state="queued", trigger="autolabel")
+                session.add(job)
+            job.payload = {"versions": versions}
+            job.not_before = at
+            job.heartbeat_at = now()
+            job.reason = (
+                f"predictions of older versions are removed at {at:%H:%M:%S} UTC: what somebody "
+                "has open may have begun with one"
+            )
+            session.flush()
+            return job.id
+
     def hand_over_predictions(self, project_id: int, tasks: list[dict[str, Any]]) -> int:
         """A job for tasks whose predictions were not done by a request's deadline."""
         with self._database.session() as session:
@@ -138,6 +224,40 @@ class Jobs:
     def progress(self, job_id: int, fraction: float, reason: str) -> None:
         """Says how far a running job is."""
         self._change(job_id, progress=fraction, reason=reason, heartbeat_at=now())
+
+    def advance(self, job: Job, fraction: float, reason: str, **values: Any) -> None:
+        """Says how far a running job is; since it comes on, its attempts count anew.
+
+        Args:
+            job: the job, as it was claimed.
+            fraction: of it that is done.
+            reason: the same in words.
+            values: other columns that are saved with it.
+
+        Raises:
+            TakenOver: it is this run's no more.
+        """
+        self.hold(job, progress=fraction, reason=reason, attempt=1, **values)
+
+    def hold(self, job: Job, **values: Any) -> None:
+        """Makes sure that a running job is still that of the run that claimed it.
+
+        Args:
+            job: the job, as it was claimed.
+            values: columns that are saved if it is.
+
+        Raises:
+            TakenOver: it is this run's no more.
+        """
+        with self._database.session() as session:
+            held = session.execute(
+                update(Job)
+                .where(Job.id == job.id, Job.state == "running", Job.started_at == job.started_at)
+                .values(heartbeat_at=now(), **values)
+                .returning(Job.id)
+            )
+            if held.scalar() is None:
+                raise TakenOver
 
     def finish(self, job_id: int, state: str, reason: str, *, version: str | None = None) -> None:
         """Ends a job as `done`, `failed` or `refused`."""
@@ -211,6 +331,35 @@ class Jobs:
     def _change(self, job_id: int, **values: Any) -> None:
         with self._database.session() as session:
             session.execute(update(Job).where(Job.id == job_id).values(**values))
+
+
+def tasks_arrived(session: Session, project_id: int, since: int) -> int | None:
+    """Row of the newest task without an annotation among those heard of after row `since`."""
+    annotated = (
+        select(Annotation.id)
+        .where(Annotation.project_id == project_id, Annotation.task_id == Task.label_studio_id)
+        .exists()
+    )
+    return session.scalar(
+        select(Task.id)
+        .where(
+            Task.project_id == project_id,
+            Task.id > since,
+            Task.deleted_at.is_(None),
+            ~annotated,
+        )
+        .order_by(Task.id.desc())
+        .limit(1)
+    )
+
+
+def _newest(session: Session, project_id: int, kind: str) -> Job | None:
+    return session.scalar(
+        select(Job)
+        .where(Job.project_id == project_id, Job.kind == kind)
+        .order_by(Job.id.desc())
+        .limit(1)
+    )
 
 
 def _active_training(session: Session, project_id: int) -> Job | None:

@@ -1,9 +1,9 @@
-"""Runs a training in a process of its own, and knows what became of it.
+"""Runs a training, or auto-labelling, in a process of its own, and knows what became of it.
 
 Predictions are protected so: the process runs at the lowest priority (nice 19) and uses half the
 cores by default, because two torch processes that each take every core slow each other five-fold.
-It dies with its worker, is ended when it takes far too long, and whatever kills it, the job is
-tried again or says what happened.
+It dies with its worker, is ended when it takes far too long or comes no further, and whatever
+kills it, the job is tried again or says what happened.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ from ml_backend.settings import Settings
 _log = logging.getLogger(__name__)
 
 REFUSED = 3
-"""Exit status of a training that had nothing to learn from; its job says why already."""
+"""Exit status of a process that could not do what was asked; its job says why already."""
 _HEARTBEAT = 5.0
+_SILENCE = 900.0
+"""An import into a project of 100,000 tasks may take Label Studio minutes."""
 _PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a training process ended.
+    """How a process ended.
 
     Attributes:
         status: `done`, `refused`, `crashed` or `stopped` (because the worker stops).
@@ -43,32 +45,72 @@ class Ended:
     reason: str = ""
 
 
-def supervise(job_id: int, jobs: Jobs, settings: Settings, stopping: threading.Event) -> Ended:
-    """Runs the training of a claimed job to its end, keeping the job's heart beating.
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What runs in a process of its own.
+
+    Attributes:
+        module: of the process; it gets the number of the job.
+        what: it is called in words.
+        limit: seconds that it may take in all; None for no limit.
+        silence: seconds that it may go on without its job coming any further; None for no limit.
+    """
+
+    module: str
+    what: str
+    limit: float | None = None
+    silence: float | None = None
+
+
+def training(settings: Settings) -> Program:
+    """The program that trains."""
+    return Program(
+        "ml_backend.learning.training_process",
+        "the training",
+        # Reading images and measuring come on top of the budget of the training itself.
+        limit=2 * settings.train_budget + 1800,
+    )
+
+
+AUTO_LABELLING = Program(
+    "ml_backend.learning.autolabel_process", "auto-labelling", silence=_SILENCE
+)
+"""The program that predicts the tasks without an annotation: for hours, where there are many."""
+
+
+def supervise(
+    program: Program, job_id: int, jobs: Jobs, settings: Settings, stopping: threading.Event
+) -> Ended:
+    """Runs a claimed job's program to its end, keeping the job's heart beating.
 
     Args:
+        program: what is run.
         job_id: the job.
         jobs: where its heart beats.
-        settings: budget and threads.
-        stopping: set when the worker stops; the training is then ended.
+        settings: threads.
+        stopping: set when the worker stops; the process is then ended.
     """
     threads = str(settings.training_threads)
     process = subprocess.Popen(
-        [sys.executable, "-m", "ml_backend.learning.training_process", str(job_id)],
+        [sys.executable, "-m", program.module, str(job_id)],
         env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
         start_new_session=True,
     )
-    # Reading images and measuring come on top of the budget of the training itself.
-    limit = time.monotonic() + 2 * settings.train_budget + 1800
+    began = came_on = time.monotonic()
+    reached: object = None
     try:
         while True:
             with suppress(subprocess.TimeoutExpired):
-                return _ended(process.wait(timeout=_HEARTBEAT))
+                return _ended(process.wait(timeout=_HEARTBEAT), program.what)
             jobs.beat(job_id)
             if stopping.is_set():
                 return Ended("stopped", "the worker was stopped")
-            if time.monotonic() > limit:
+            if program.limit is not None and time.monotonic() > began + program.limit:
                 return Ended("crashed", "it went far beyond its time budget and was ended")
+            if (now_at := _reached(jobs, job_id)) != reached:
+                reached, came_on = now_at, time.monotonic()
+            if program.silence is not None and time.monotonic() > came_on + program.silence:
+                return Ended("crashed", f"it came no further for {program.silence / 60:g} minutes")
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -87,13 +129,18 @@ def die_with_parent(signum: signal.Signals = signal.SIGTERM) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signum)
 
 
-def _ended(code: int) -> Ended:
+def _reached(jobs: Jobs, job_id: int) -> object:
+    job = jobs.get(job_id)
+    return job and (job.progress, job.reason)
+
+
+def _ended(code: int, what: str) -> Ended:
     if code == 0:
         return Ended("done")
     if code == REFUSED:
         return Ended("refused")
     if code == -signal.SIGKILL:
-        return Ended("crashed", "the training was killed (out of memory, most likely)")
+        return Ended("crashed", f"{what} was killed (out of memory, most likely)")
     if code < 0:
-        return Ended("crashed", f"the training died of {signal.Signals(-code).name}")
-    return Ended("crashed", "the training crashed; the log has its traceback")
+        return Ended("crashed", f"{what} died of {signal.Signals(-code).name}")
+    return Ended("crashed", f"{what} crashed; the log has its traceback")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -17,19 +18,24 @@ from huey import RedisHuey, SqliteHuey
 from huey.api import Huey
 from sqlalchemy import select
 
+from ml_backend.learning.audits import Audits
 from ml_backend.learning.in_step import InStep
-from ml_backend.learning.jobs import Jobs
+from ml_backend.learning.jobs import Jobs, TakenOver
+from ml_backend.learning.label_studios import LabelStudios
 from ml_backend.learning.leftovers import Leftovers
-from ml_backend.learning.supervisor import supervise
+from ml_backend.learning.supervisor import AUTO_LABELLING, Program, supervise, training
+from ml_backend.learning.tidy import NotYet, Tidy
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
-from ml_backend.store.tables import Project, now
+from ml_backend.store.tables import Job, Project, now
 
 _log = logging.getLogger(__name__)
 
 _TICK = 1.0
 _BUSY = 3.0
-"""Seconds before a training looks again whether another one has ended."""
+"""Seconds before a job looks again whether another one has ended."""
+_AUDIT_EVERY = 5.0
+"""Seconds between two audits of a project: people annotate faster than anyone looks at them."""
 
 
 def make_queue(settings: Settings) -> Huey:
@@ -43,7 +49,7 @@ def make_queue(settings: Settings) -> Huey:
 
 
 class Tasks:
-    """What the queue carries: the number of a job, or of a project to bring into step.
+    """What the queue carries: the number of a job, or of a project to look at.
 
     Args:
         queue: where they are put, and taken from by a worker.
@@ -70,7 +76,7 @@ class Tasks:
 
 
 class Worker:
-    """Trains, finishes predictions, and keeps Label Studio in step."""
+    """Trains, predicts what nobody has annotated, and keeps Label Studio in step."""
 
     def __init__(
         self,
@@ -80,6 +86,9 @@ class Worker:
         tasks: Tasks,
         in_step: InStep,
         leftovers: Leftovers,
+        audits: Audits,
+        label_studios: LabelStudios,
+        tidy: Tidy,
     ) -> None:
         self._settings = settings
         self._database = database
@@ -87,13 +96,23 @@ class Worker:
         self._tasks = tasks
         self._in_step = in_step
         self._leftovers = leftovers
+        self._audits = audits
+        self._label_studios = label_studios
+        self._tidy = tidy
         self._stopping = threading.Event()
         self._seen: dict[int, int] = {}
         self._due: dict[int, datetime] = {}
         self._live: dict[int, str | None] = {}
+        self._rest: dict[int, tuple[str | None, datetime | None]] = {}
+        self._audited: dict[int, int] = {}
+        self._audit_at: dict[int, float] = {}
         tasks.on("train", self._train)
         tasks.on("predict", self._predict)
+        tasks.on("the rest", self._label_the_rest)
+        tasks.on("autolabel", self._autolabel)
+        tasks.on("tidy", self._remove_older)
         tasks.on("in step", self._keep_in_step)
+        tasks.on("audit", self._audit)
 
     def run(self) -> None:
         """Works until the process is told to stop."""
@@ -141,29 +160,66 @@ class Worker:
             if self._live.get(project.id) != project.live_version:
                 self._live[project.id] = project.live_version
                 self._tasks.put("in step", project.id)
+            # A version may be new, or tasks.
+            rest = (project.live_version, project.heard_at)
+            if self._settings.auto_label and self._rest.get(project.id) != rest:
+                self._rest[project.id] = rest
+                if project.live_version is not None:
+                    self._tasks.put("the rest", project.id)
+            moment = time.monotonic()
+            if (
+                self._audited.get(project.id) != project.revision
+                and self._audit_at.get(project.id, moment) <= moment
+            ):
+                self._audited[project.id] = project.revision
+                self._audit_at[project.id] = moment + _AUDIT_EVERY
+                self._tasks.put("audit", project.id)
 
     def _train(self, job_id: int) -> None:
-        # Two trainings at once on one machine would only slow each other.
-        lock = FileLock(self._settings.model_dir / "training.lock", blocking=False)
+        job = self._in_turn("train", job_id, training(self._settings))
+        if job is not None:
+            # What changed meanwhile is looked at again.
+            self._seen.pop(job.project_id, None)
+
+    def _label_the_rest(self, project_id: int) -> None:
+        with self._database.reading() as session:
+            project = session.get_one(Project, project_id)
+        if self._label_studios.client(project) is None:
+            # Without a token nothing can be imported; the command says so.
+            return
+        asked = self._jobs.consider_autolabel(project_id)
+        if asked is not None and asked.enqueue:
+            self._tasks.put("autolabel", asked.job)
+
+    def _autolabel(self, job_id: int) -> None:
+        job = self._in_turn("autolabel", job_id, AUTO_LABELLING)
+        if job is not None:
+            # Another version may have gone live, and tasks may have come.
+            self._rest.pop(job.project_id, None)
+
+    def _in_turn(self, kind: str, job_id: int, program: Program) -> Job | None:
+        """Runs a job's program, unless one like it runs; None where it was not run."""
+        # Two at once on one machine would only slow each other.
+        lock = FileLock(self._settings.model_dir / f"{kind}.lock", blocking=False)
         try:
             with lock:
-                self._train_now(job_id)
+                return self._supervise(job_id, program)
         except Timeout:
-            self._tasks.put("train", job_id, wait=_BUSY)
+            self._tasks.put(kind, job_id, wait=_BUSY)
             self._jobs.touch(job_id)
+            return None
 
-    def _train_now(self, job_id: int) -> None:
+    def _supervise(self, job_id: int, program: Program) -> Job | None:
         job = self._jobs.claim(job_id)
         if job is None:
-            return
-        ended = supervise(job_id, self._jobs, self._settings, self._stopping)
-        _log.info("training of job %d: %s %s", job_id, ended.status, ended.reason)
+            return None
+        ended = supervise(program, job_id, self._jobs, self._settings, self._stopping)
+        _log.info("job %d, %s: %s %s", job_id, program.what, ended.status, ended.reason)
         if ended.status == "stopped":
             self._jobs.try_again(job_id, ended.reason, wait=0, counts=False)
         elif ended.status == "crashed":
             self._jobs.try_again(job_id, ended.reason, wait=5.0 * job.attempt)
-        # What changed meanwhile is looked at again.
-        self._seen.pop(job.project_id, None)
+        return job
 
     def _predict(self, job_id: int) -> None:
         job = self._jobs.claim(job_id)
@@ -175,6 +231,26 @@ class Worker:
             _log.exception("job %d", job_id)
             self._jobs.try_again(job_id, str(error), wait=30.0 * job.attempt)
 
+    def _remove_older(self, job_id: int) -> None:
+        job = self._jobs.claim(job_id)
+        if job is None:
+            return
+        try:
+            self._jobs.finish(job_id, "done", self._tidy.finish(job, self._jobs))
+        except TakenOver:
+            _log.warning("job %d was silent for too long, and another run has it now", job_id)
+        except NotYet as reason:
+            self._jobs.try_again(job_id, str(reason), wait=reason.wait, counts=False)
+        except Exception as error:
+            _log.exception("job %d", job_id)
+            self._jobs.try_again(job_id, str(error), wait=60.0 * job.attempt)
+
     def _keep_in_step(self, project_id: int) -> None:
         if not self._in_step.update(project_id):
             self._tasks.put("in step", project_id, wait=30)
+
+    def _audit(self, project_id: int) -> None:
+        wait = self._audits.update(project_id)
+        if wait is not None:
+            self._audit_at[project_id] = time.monotonic() + wait
+            self._audited.pop(project_id, None)

@@ -47,6 +47,8 @@ class Base(DeclarativeBase):
 
 UNTRAINED = "untrained"
 """The version of a project before its first."""
+PRETRAINED = "untrained-coco"
+"""The version of a project before its first, where COCO's detector stands in."""
 
 
 class Project(Base):
@@ -150,7 +152,8 @@ class Audit(Base):
     revision: Mapped[int]
     """The annotation's, when this was counted: a later one is counted anew."""
     version: Mapped[str | None] = mapped_column(String(128))
-    """The model version whose prediction it started from; None where it began with nothing."""
+    """The model version whose prediction it started from; None where it began with nothing, or the
+    prediction was gone before it was counted."""
     blind: Mapped[bool] = mapped_column(default=False)
     """Whether the task is one of those that are shown without boxes, to compare with."""
     accepted: Mapped[int] = mapped_column(default=0)
@@ -174,12 +177,12 @@ class Job(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     project_id: Mapped[int] = mapped_column(ForeignKey("projects.id", ondelete="CASCADE"))
     kind: Mapped[str] = mapped_column(String(16))
-    """`train`, `predict` (the rest of a request that met its deadline), or `autolabel`."""
+    """`train`, `predict` (the rest of a request that met its deadline), `autolabel`, or `tidy`."""
     state: Mapped[str] = mapped_column(String(16))
     """`waiting`, `queued`, `running`, `done`, `failed` or `refused`."""
     reason: Mapped[str] = mapped_column(Text, default="")
     trigger: Mapped[str] = mapped_column(String(16))
-    """`webhook`, `button`, `command`, `predict` or `promotion`."""
+    """`webhook`, `button`, `command`, `predict`, `promotion`, `tasks` or `autolabel`."""
     progress: Mapped[float] = mapped_column(default=0.0)
     attempt: Mapped[int] = mapped_column(default=0)
     payload: Mapped[dict[str, Any]] = mapped_column(default=dict)

@@ -1,0 +1,67 @@
+"""`python -m ml_backend.learning.autolabel_process JOB`: what auto-labelling runs in."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from ml_backend.backend import Backend
+from ml_backend.label_studio.client import (
+    Forbidden,
+    LabelStudioError,
+    NotFound,
+    Unauthorized,
+    Unreachable,
+)
+from ml_backend.learning.autolabel import AutoLabel, AutoLabelFailed, AutoLabelRefused
+from ml_backend.learning.jobs import TakenOver
+from ml_backend.learning.supervisor import REFUSED, lower_priority
+from ml_backend.settings import load_settings
+
+_log = logging.getLogger(__name__)
+
+_AWAY = 30.0
+"""Seconds until a Label Studio that could not do what was asked is asked again."""
+
+
+def main(job_id: int) -> int:
+    """Does one job; the exit status tells the supervisor how it ended."""
+    lower_priority()
+    backend = Backend(load_settings())
+    logging.basicConfig(
+        level=backend.settings.log_level, format="%(asctime)s %(levelname)s auto-label: %(message)s"
+    )
+    job = backend.jobs.get(job_id)
+    if job is None:
+        raise SystemExit(f"there is no job {job_id}")
+    run = AutoLabel(
+        backend.settings,
+        backend.database,
+        backend.jobs,
+        backend.label_studios,
+        # Made when there is something to predict: it takes seconds.
+        lambda: backend.serving,
+        lambda project: backend.models.version(project),
+    )
+    try:
+        done = run.run(job)
+    except (AutoLabelRefused, Unauthorized, Forbidden, NotFound) as refused:
+        backend.jobs.finish(job_id, "refused", str(refused), version=job.version)
+        return REFUSED
+    except AutoLabelFailed as failed:
+        backend.jobs.finish(job_id, "failed", str(failed), version=job.version)
+        return REFUSED
+    except LabelStudioError as error:
+        # While it is away, nothing is the job's fault.
+        away = isinstance(error, Unreachable)
+        backend.jobs.try_again(job_id, str(error), wait=_AWAY, counts=not away)
+        return REFUSED
+    except TakenOver:
+        _log.warning("job %d was silent for too long, and another run has it now", job_id)
+        return REFUSED
+    backend.jobs.finish(job_id, "done", done.reason, version=done.version)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))

@@ -1,0 +1,363 @@
+"""Labelling the rest: once for each task and version, whatever is killed, and by itself."""
+
+from __future__ import annotations
+
+import functools
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import requests
+import torch
+from sqlalchemy import select, update
+
+from ml_backend.backend import Backend
+from ml_backend.demo.label_studio_server import LabelStudioServer
+from ml_backend.demo.project import LABEL_CONFIG, annotate, create_project, upload
+from ml_backend.demo.shapes import SHAPES, ShapeImage, generate
+from ml_backend.detection.detector import Detector
+from ml_backend.detection.zoo import preset_named
+from ml_backend.label_studio.client import LabelStudioClient
+from ml_backend.learning.jobs import STALE_AFTER
+from ml_backend.settings import load_settings
+from ml_backend.store.tables import Job, now
+from tests.conftest import RunningBackend, make_live, wait_for
+
+
+def _images(count: int, seed: int) -> list[ShapeImage]:
+    return generate(count, seed=seed, width=128, height=96)
+
+
+class Site:
+    """A project in Label Studio, and a backend that may run or not."""
+
+    def __init__(
+        self, server: LabelStudioServer, running: RunningBackend, images: list[ShapeImage]
+    ) -> None:
+        self.server = server
+        self.running = running
+        self.project, tasks = create_project(
+            server, "The rest", LABEL_CONFIG, {i.name: i.encoded() for i in images}
+        )
+        self.images = {tasks[i.name]: i for i in images}
+        self.tasks = list(self.images)
+        self.client = LabelStudioClient(server.url, server.login.token)
+        self.key = self.client.project(self.project).key
+        # The same state as the running one's, seen from here.
+        self.backend = Backend(load_settings(running.settings))
+
+    def call(self, method: str, path: str, body: object = None) -> Any:
+        """One request to Label Studio's API."""
+        answer = requests.request(
+            method,
+            f"{self.server.url}{path}",
+            headers={"Authorization": f"Token {self.server.login.token}"},
+            json=body,
+            timeout=60,
+        )
+        assert answer.ok, f"{method} {path}: {answer.status_code} {answer.text[:500]}"
+        return answer.json() if answer.content else None
+
+    def annotate(self, tasks: list[int]) -> None:
+        """Draws the boxes of tasks, as a person would."""
+        annotate(self.server, {task: self.images[task] for task in tasks})
+
+    def predictions(self) -> dict[int, Counter[str]]:
+        """How many predictions of each version every task holds."""
+        found: dict[int, Counter[str]] = {}
+        for prediction in self.call("GET", f"/api/predictions/?project={self.project}"):
+            found.setdefault(prediction["task"], Counter())[prediction["model_version"]] += 1
+        return found
+
+    def promote(self, version: str) -> None:
+        """Makes a version live, as a training does."""
+        make_live(self.backend, _detector(), version, key=self.key, label_config=LABEL_CONFIG)
+
+    def jobs(self, kind: str = "autolabel") -> list[Job]:
+        """The project's jobs, newest first."""
+        with self.backend.database.reading() as session:
+            known = self.backend.ingest.introduce(
+                self.key, self.project, label_config=LABEL_CONFIG
+            ).id
+            return list(
+                session.scalars(
+                    select(Job)
+                    .where(Job.project_id == known, Job.kind == kind)
+                    .order_by(Job.id.desc())
+                )
+            )
+
+    def done(self, version: str, kind: str = "autolabel", within: float = 60) -> Job:
+        """Waits until the newest job is done; for a version, where that is known."""
+
+        def ended() -> Job | None:
+            jobs = self.jobs(kind)
+            if not jobs or jobs[0].state != "done":
+                return None
+            return jobs[0] if jobs[0].version in (version, None) else None
+
+        try:
+            job = wait_for(ended, within=within, what=f"{kind} of {version} ends")
+        except AssertionError:
+            said = [(j.kind, j.state, j.reason) for j in self.jobs(kind)]
+            raise AssertionError(f"{said}\n{self.running.tail()}") from None
+        assert isinstance(job, Job)
+        return job
+
+    def under_way(self, *, beyond: float = 0.0) -> Job:
+        """Waits until auto-labelling has done something, and not all."""
+
+        def part() -> Job | None:
+            jobs = self.jobs()
+            if not jobs:
+                return None
+            assert jobs[0].state in ("queued", "running"), jobs[0].reason
+            under_way = jobs[0].state == "running" and beyond < jobs[0].progress < 1
+            return jobs[0] if under_way else None
+
+        job = wait_for(part, within=60, what="it is under way", every=0.02)
+        assert isinstance(job, Job)
+        return job
+
+    def change(self, job: Job, **values: Any) -> None:
+        """Changes a job's row."""
+        with self.backend.database.session() as session:
+            session.execute(update(Job).where(Job.id == job.id).values(**values))
+
+
+@pytest.fixture(scope="module")
+def running(
+    label_studio: LabelStudioServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningBackend]:
+    """A backend that runs for all tests of this file but those that kill it."""
+    backend = RunningBackend(tmp_path_factory.mktemp("backend"), **_settings(label_studio))
+    backend.start()
+    yield backend
+    backend.stop()
+
+
+def _settings(server: LabelStudioServer) -> dict[str, str]:
+    return {"LABEL_STUDIO_URL": server.url, "LABEL_STUDIO_API_KEY": server.login.token}
+
+
+@functools.cache
+def _detector() -> Detector:
+    """One that has learned nothing."""
+    cpu = torch.device("cpu")
+    detector = Detector.pretrained(preset_named("tiny", cpu), SHAPES[:3], "none", cpu)
+    detector.thresholds = dict.fromkeys(SHAPES[:3], 0.5)
+    return detector
+
+
+def _processes(backend: RunningBackend) -> list[psutil.Process]:
+    """The processes that auto-label for a backend."""
+    return [
+        child
+        for child in psutil.Process(backend.pid).children(recursive=True)
+        if "ml_backend.learning.autolabel_process" in child.cmdline()
+    ]
+
+
+def test_killed_half_way_it_goes_on_and_doubles_nothing(
+    label_studio: LabelStudioServer, tmp_path: Path
+) -> None:
+    backend = RunningBackend(tmp_path, **_settings(label_studio))
+    site = Site(label_studio, backend, _images(120, seed=21))
+    annotated, rest = site.tasks[:10], site.tasks[10:]
+    site.annotate(annotated)
+    site.promote("v1")
+    backend.start()
+    try:
+        # By itself: nobody asks for it.
+        first = site.under_way()
+        assert first.trigger == "promotion"
+        (process,) = _processes(backend)
+        assert process.nice() == 19
+        process.kill()
+        wait_for(lambda: site.jobs()[0].state == "queued", within=20, what="it is put back")
+        site.change(first, not_before=now(), heartbeat_at=now() - 2 * STALE_AFTER)
+        again = site.under_way(beyond=first.progress)
+        # What was done counts: its attempts begin anew.
+        assert (again.id, again.attempt) == (first.id, 1)
+        # The whole backend, with all of its processes.
+        family = psutil.Process(backend.pid).children(recursive=True)
+        for member in [psutil.Process(backend.pid), *family]:
+            member.kill()
+        psutil.wait_procs(family, 20)
+        backend.kill()
+        assert site.jobs()[0].state == "running"
+        partly = site.predictions()
+        assert 0 < len(partly) < len(rest)
+        site.change(first, heartbeat_at=now() - 2 * STALE_AFTER)
+        backend.start()
+        job = site.done("v1")
+        assert job.id == first.id
+        assert "tasks predicted by v1" in job.reason
+        assert site.predictions() == {task: Counter(v1=1) for task in rest}
+        assert len(site.jobs()) == 1
+    finally:
+        backend.stop()
+
+
+def test_what_newer_predictions_replace_is_removed_and_nothing_else(
+    label_studio: LabelStudioServer, running: RunningBackend
+) -> None:
+    site = Site(label_studio, running, _images(24, seed=22))
+    running.command("connect", "--project", str(site.project), "--url", running.url)
+    site.promote("v1")
+    site.done("v1")
+    assert site.predictions() == {task: Counter(v1=1) for task in site.tasks}
+    # Another backend has predicted as well, and somebody began with one of ours.
+    theirs = {"task": site.tasks[0], "result": [], "score": 0.5, "model_version": "theirs"}
+    site.call("POST", f"/api/projects/{site.project}/import/predictions", [theirs])
+    (begun,) = site.call("GET", f"/api/predictions/?task={site.tasks[1]}")
+    annotation = site.call(
+        "POST",
+        f"/api/tasks/{site.tasks[1]}/annotations/",
+        {"result": [], "lead_time": 3.0, "parent_prediction": begun["id"]},
+    )
+    # A task that is opened during an import ends up with two.
+    double = {"task": site.tasks[2], "result": [], "score": 0.5, "model_version": "v2"}
+    site.call("POST", f"/api/projects/{site.project}/import/predictions", [double, double])
+
+    site.promote("v2")
+    job = site.done("v2")
+    assert job.trigger == "promotion"
+    held = site.predictions()
+    assert held[site.tasks[0]] == Counter(v1=1, v2=1, theirs=1)
+    assert held[site.tasks[1]] == Counter(v1=1)
+    # Not at once: what somebody has open may have begun with one of them.
+    tidy = wait_for(lambda: site.jobs("tidy"), within=5, what="a job that removes")[0]
+    assert tidy.state == "queued"
+    assert "predictions of older versions are removed at" in tidy.reason
+    site.change(tidy, not_before=now(), heartbeat_at=now() - 2 * STALE_AFTER)
+    # What people made of them is counted first.
+    removed = wait_for(
+        lambda: site.jobs("tidy")[0].state == "done" and site.jobs("tidy")[0],
+        within=60,
+        what="older predictions are removed",
+    )
+    assert removed.reason == ("24 predictions of older versions removed (v1), and 1 doubled ones")
+    expected = {task: Counter(v2=1) for task in site.tasks if task != site.tasks[1]}
+    expected[site.tasks[0]]["theirs"] += 1
+    assert site.predictions() == expected
+    kept = site.call("GET", f"/api/annotations/{annotation['id']}/")
+    assert kept["parent_prediction"] is None
+    # Why they are not removed at once: Label Studio saves nothing that began with one.
+    late = requests.post(
+        f"{label_studio.url}/api/tasks/{site.tasks[3]}/annotations/",
+        headers={"Authorization": f"Token {label_studio.login.token}"},
+        json={"result": [], "parent_prediction": begun["id"]},
+        timeout=60,
+    )
+    assert late.status_code == 400
+    (status,) = [p for p in running.json("status") if p["project"] == site.key]
+    assert status["audits"]["versions"]["v1"]["annotations"] == 1
+    # Label Studio goes on ordering by the live version.
+    wait_for(
+        lambda: site.call("GET", f"/api/projects/{site.project}/")["model_version"] == "v2",
+        within=20,
+        what="the title follows",
+    )
+
+    # New tasks are predicted by themselves.
+    fresh = upload(label_studio, site.project, {i.name: i.encoded() for i in _images(3, seed=122)})
+    arrived = wait_for(
+        lambda: site.jobs()[0].trigger == "tasks" and site.jobs()[0],
+        within=20,
+        what="a job for the new tasks",
+    )
+    assert arrived.reason == "new tasks have arrived"
+    site.done("v2")
+    assert site.jobs()[0].reason == "3 of 3 tasks predicted by v2"
+    held = site.predictions()
+    assert [held[task] for task in fresh.values()] == [Counter(v2=1)] * 3
+
+
+def test_a_promotion_meanwhile_ends_it_and_the_next_begins(
+    label_studio: LabelStudioServer, running: RunningBackend
+) -> None:
+    site = Site(label_studio, running, _images(100, seed=23))
+    site.promote("v1")
+    first = site.under_way()
+    site.promote("v2")
+    following = site.done("v2")
+    assert following.id != first.id
+    superseded = site.jobs()[-1]
+    assert superseded.id == first.id
+    assert superseded.state == "done"
+    assert superseded.reason.startswith("superseded by v2 at ")
+    held = site.predictions()
+    assert {task: found["v2"] for task, found in held.items()} == dict.fromkeys(site.tasks, 1)
+    assert 0 < sum(found["v1"] for found in held.values()) < len(site.tasks)
+
+
+def test_the_command_says_what_came_of_it(
+    label_studio: LabelStudioServer, running: RunningBackend
+) -> None:
+    site = Site(label_studio, running, _images(21, seed=24))
+    # One image is gone: its task alone is left out.
+    site.call("POST", f"/api/projects/{site.project}/import", [{"image": "/data/upload/no.jpg"}])
+    site.backend.ingest.introduce(site.key, site.project, label_config=LABEL_CONFIG)
+    project = ["--project", str(site.project)]
+    refused = running.json("autolabel", *project, status=1)
+    assert refused["state"] == "refused"
+    assert "the project has no model version yet: annotate 10 tasks" in refused["reason"]
+
+    site.promote("v1")
+    done = running.json("autolabel", *project)
+    assert (done["state"], done["kind"], done["version"]) == ("done", "autolabel", "v1")
+    assert done["progress"] == 1.0
+    assert done["reason"].startswith("21 of 22 tasks predicted by v1; 1 left out, for example task")
+    assert "/data/upload/no.jpg answers status" in done["reason"]
+    assert site.predictions() == {task: Counter(v1=1) for task in site.tasks}
+    answer = running.post("/job_status", {"job": done["job"]}).json()
+    assert answer["job_status"] == "done"
+    assert 'ml_backend_jobs{kind="autolabel",state="done"}' in running.get("/metrics").text
+    # Only what still has none is tried again, and that cannot be.
+    said = running.json("autolabel", *project, status=1)
+    assert said["state"] == "failed"
+    assert said["reason"].startswith("no task could be predicted; 1 left out")
+
+    assert "is not known" in running.failing("autolabel", "--project", "999999")
+    token = running.settings.pop("LABEL_STUDIO_API_KEY")
+    try:
+        assert "LABEL_STUDIO_API_KEY" in running.failing("autolabel", *project)
+    finally:
+        running.settings["LABEL_STUDIO_API_KEY"] = token
+
+
+def test_ctrl_c_leaves_it_running(label_studio: LabelStudioServer, running: RunningBackend) -> None:
+    site = Site(label_studio, running, _images(2, seed=25))
+    site.promote("v1")
+    site.done("v1")
+    # No webhook tells of these: only the command finds them.
+    more = _images(100, seed=125)
+    upload(label_studio, site.project, {i.name: i.encoded() for i in more})
+    with subprocess.Popen(
+        [
+            *(sys.executable, "-m", "ml_backend.cli", "autolabel"),
+            *("--project", str(site.project)),
+        ],
+        env=running.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as command:
+        wait_for(lambda: len(site.jobs()) == 2, within=60, what="its job")
+        site.under_way()
+        command.send_signal(signal.SIGINT)
+        _, said = command.communicate(timeout=30)
+    assert command.returncode == 130, said
+    assert "goes on without you" in said
+    site.done("v1")
+    assert list(site.predictions().values()) == [Counter(v1=1)] * 102
+    # Asked again, there is nothing to do, and it says so.
+    said = running.command("autolabel", "--project", str(site.project))
+    assert "every task without an annotation has one of v1" in said
