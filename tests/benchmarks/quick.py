@@ -1,6 +1,6 @@
 """`tiny` with fewer steps, for comparisons in which both sides pay the same for it.
 
-    ML_BACKEND_PRESET=tests.benchmarks.quick:PRESET ml-backend simulate DATASET
+ML_BACKEND_PRESET=tests.benchmarks.quick:PRESET ml-backend simulate DATASET
 """
 
 from __future__ import annotations
