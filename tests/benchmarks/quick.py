@@ -1,6 +1,6 @@
-"""`tiny` with fewer steps, for comparisons in which both sides pay the same for it.
+"""`tiny` on smaller images and with fewer steps: a quarter of the time, for comparisons.
 
-ML_BACKEND_PRESET=tests.benchmarks.quick:PRESET ml-backend simulate DATASET
+    ML_BACKEND_PRESET=tests.benchmarks.quick:PRESET ml-backend simulate DATASET
 """
 
 from __future__ import annotations
@@ -9,4 +9,4 @@ from dataclasses import replace
 
 from ml_backend.detection.zoo import PRESETS
 
-PRESET = replace(PRESETS["tiny"], steps=350, epochs=20)
+PRESET = replace(PRESETS["tiny"], min_size=224, max_size=320, steps=250, epochs=12)
