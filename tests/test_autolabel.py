@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import signal
 import subprocess
@@ -110,7 +111,7 @@ class Site:
         assert isinstance(job, Job)
         return job
 
-    def under_way(self, *, beyond: float = 0.0) -> Job:
+    def under_way(self) -> Job:
         """Waits until auto-labelling has done something, and not all."""
 
         def part() -> Job | None:
@@ -118,7 +119,7 @@ class Site:
             if not jobs:
                 return None
             assert jobs[0].state in ("queued", "running"), jobs[0].reason
-            under_way = jobs[0].state == "running" and beyond < jobs[0].progress < 1
+            under_way = jobs[0].state == "running" and 0 < jobs[0].progress < 1
             return jobs[0] if under_way else None
 
         job = wait_for(part, within=60, what="it is under way", every=0.02)
@@ -182,9 +183,7 @@ def test_killed_half_way_it_goes_on_and_doubles_nothing(
         process.kill()
         wait_for(lambda: site.jobs()[0].state == "queued", within=20, what="it is put back")
         site.change(first, not_before=now(), heartbeat_at=now() - 2 * STALE_AFTER)
-        again = site.under_way(beyond=first.progress)
-        # What was done counts: its attempts begin anew.
-        assert (again.id, again.attempt) == (first.id, 1)
+        wait_for(lambda: _processes(backend), within=60, what="it goes on", every=0.02)
         # The whole backend, with all of its processes.
         family = psutil.Process(backend.pid).children(recursive=True)
         for member in [psutil.Process(backend.pid), *family]:
@@ -298,6 +297,27 @@ def test_a_promotion_meanwhile_ends_it_and_the_next_begins(
     assert 0 < sum(found["v1"] for found in held.values()) < len(site.tasks)
 
 
+def test_before_any_model_the_first_tasks_are_chosen_by_themselves(
+    label_studio: LabelStudioServer, running: RunningBackend
+) -> None:
+    # Copies of one image, and a few that differ.
+    images = _images(7, seed=26)
+    copies = [dataclasses.replace(images[0], name=f"copy-{n}.jpg") for n in range(12)]
+    site = Site(label_studio, running, [*copies, *images[1:]])
+    running.command("connect", "--project", str(site.project), "--url", running.url)
+    site.done("untrained")
+    held = site.call("GET", f"/api/predictions/?project={site.project}")
+    order = [p["task"] for p in sorted(held, key=lambda p: p["score"])]
+    assert sorted(order) == sorted(site.tasks)
+    names = [site.images[task].name for task in order]
+    assert sum(name.startswith("copy-") for name in names[:7]) == 1, names
+    # Label Studio asks for them in that order.
+    following = site.call("GET", f"/api/projects/{site.project}/next/")
+    assert following["id"] == order[0]
+    # Chosen once, and not again.
+    assert len(site.jobs()) == 1
+
+
 def test_the_command_says_what_came_of_it(
     label_studio: LabelStudioServer, running: RunningBackend
 ) -> None:
@@ -306,9 +326,13 @@ def test_the_command_says_what_came_of_it(
     site.call("POST", f"/api/projects/{site.project}/import", [{"image": "/data/upload/no.jpg"}])
     site.backend.ingest.introduce(site.key, site.project, label_config=LABEL_CONFIG)
     project = ["--project", str(site.project)]
-    refused = running.json("autolabel", *project, status=1)
-    assert refused["state"] == "refused"
-    assert "the project has no model version yet: annotate 10 tasks" in refused["reason"]
+    # Before any model, the first tasks are chosen for how they differ.
+    begun = running.json("autolabel", *project)
+    assert (begun["state"], begun["version"]) == ("done", "untrained")
+    assert begun["reason"] == "21 tasks chosen to begin with, for how they differ"
+    chosen = site.call("GET", f"/api/predictions/?project={site.project}")
+    assert all(p["result"] == [] and p["model_version"] == "untrained" for p in chosen)
+    assert sorted(p["score"] for p in chosen) == pytest.approx([n / 21 for n in range(21)])
 
     site.promote("v1")
     done = running.json("autolabel", *project)
@@ -316,7 +340,7 @@ def test_the_command_says_what_came_of_it(
     assert done["progress"] == 1.0
     assert done["reason"].startswith("21 of 22 tasks predicted by v1; 1 left out, for example task")
     assert "/data/upload/no.jpg answers status" in done["reason"]
-    assert site.predictions() == {task: Counter(v1=1) for task in site.tasks}
+    assert site.predictions() == {task: Counter(untrained=1, v1=1) for task in site.tasks}
     answer = running.post("/job_status", {"job": done["job"]}).json()
     assert answer["job_status"] == "done"
     assert 'ml_backend_jobs{kind="autolabel",state="done"}' in running.get("/metrics").text

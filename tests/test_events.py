@@ -195,8 +195,8 @@ LATEST = "9999-12-31T23:59:59-23:59"
         ("ANNOTATION_UPDATED", ["task", "id"], GONE, "task.id"),
         ("ANNOTATION_UPDATED", ["task", "data"], ["a.png"], "task.data"),
         ("ANNOTATION_UPDATED", ["task", "updated_at"], None, "task.updated_at"),
-        ("ANNOTATIONS_CREATED", ["annotation", 1, "id"], "x", "annotation.id"),
-        ("ANNOTATIONS_CREATED", ["task", 0, "data"], GONE, "task.data"),
+        ("ANNOTATIONS_CREATED", ["annotation"], [{}, {}], "annotation.result"),
+        ("ANNOTATIONS_CREATED", ["task"], [5], "task"),
         ("ANNOTATIONS_DELETED", ["annotations"], None, "annotations"),
         ("ANNOTATIONS_DELETED", ["annotations"], [1], "annotations"),
         ("ANNOTATIONS_DELETED", ["annotations", 0, "id"], "1", "annotations.id"),
@@ -214,6 +214,22 @@ def test_a_damaged_body_is_refused_and_the_field_named(
     with pytest.raises(InvalidEvent) as caught:
         parse_event(body)
     assert str(caught.value).startswith(f"{named}:")
+
+
+def test_what_cannot_be_read_of_several_costs_only_itself(caplog: pytest.LogCaptureFixture) -> None:
+    body = _webhook("ANNOTATIONS_CREATED")
+    first, second, third = (a["id"] for a in body["annotation"])
+    body["annotation"][1]["result"] = None
+    del body["task"][0]["data"]
+    event = parse_event(body)
+    assert isinstance(event, AnnotationsChanged)
+    assert [a.id for a in event.annotations] == [first, third]
+    assert [t.id for t in event.tasks] == [t["id"] for t in body["task"][1:]]
+    assert f"the id {second} is passed over: annotation.result: must be a list" in caplog.text
+    for annotation in body["annotation"]:
+        annotation["result"] = None
+    with pytest.raises(InvalidEvent, match=r"annotation\.result"):
+        parse_event(body)
 
 
 @pytest.mark.parametrize(

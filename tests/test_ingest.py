@@ -20,6 +20,7 @@ from ml_backend.label_studio.events import (
     TaskInfo,
     parse_event,
     read_annotation,
+    read_project,
     read_task,
 )
 from ml_backend.learning.ingest import (
@@ -331,15 +332,51 @@ def test_reading_back_leaves_the_annotations_of_other_tasks_alone(store: Store) 
 def test_tasks_that_label_studio_no_longer_has_leave(store: Store) -> None:
     for number in (1, 2):
         store.hear(_created(number))
-    asked_at = now()
-    store.hear(_created(3))
     project = store.project()
-    assert store.ingest.keep_only_tasks(project.id, {2}, asked_at=asked_at) == 1
+    assert store.ingest.remove_tasks(project.id, {1}) == 1
     assert store.annotation(1).deleted_at is not None
     assert store.task(1).deleted_at is not None
-    # 3 arrived after the question: its absence from the answer says nothing.
-    assert store.annotated() == 2
-    assert store.ingest.keep_only_tasks(project.id, {2}, asked_at=asked_at) == 0
+    assert store.annotated() == 1
+    assert store.ingest.remove_tasks(project.id, {1}) == 0
+
+
+def test_what_the_api_shows_is_there_though_it_was_taken_for_deleted(store: Store) -> None:
+    for number in (1, 2, 3):
+        store.hear(_created(number, width=11))
+    store.hear(_tasks_deleted(1))
+    store.hear(_deleted(2))
+    seen = store.project().revision
+    # 4 was heard of by its deletion alone.
+    store.hear(_tasks_deleted(4))
+    shown = _shown(*(_created(number, width=11) for number in (1, 2, 3, 4)))
+    assert store.ingest.read_back(store.project().id, *shown, asked_at=now()) == 3
+    assert store.annotated() == 4
+    assert store.changes(seen) == 3
+    assert store.task(4).data == shown[0][3].data
+    assert _width(store.annotation(1)) == 11
+    store.hear(_updated(1, minute=3, width=33))
+    assert _width(store.annotation(1)) == 33
+
+
+def test_a_deletion_heard_after_the_api_was_asked_wins(store: Store) -> None:
+    for number in (1, 2):
+        store.hear(_created(number))
+    shown = _shown(_created(1, minute=5), _created(2, minute=5))
+    asked_at = now()
+    store.hear(_tasks_deleted(1))
+    store.hear(_deleted(2))
+    assert store.ingest.read_back(store.project().id, *shown, asked_at=asked_at) == 0
+    assert store.task(1).deleted_at is not None
+    assert store.annotated() == 0
+
+
+def test_an_annotation_that_can_no_longer_be_read_stays_as_it_is_known(store: Store) -> None:
+    store.hear(_created(1, task=5))
+    tasks, _ = _shown(_created(1, task=5))
+    later = now() + timedelta(seconds=1)
+    number = store.project().id
+    assert store.ingest.read_back(number, tasks, [], asked_at=later, unreadable={1}) == 0
+    assert store.annotated() == 1
 
 
 def test_projects_of_the_same_id_are_kept_apart_by_their_creation(store: Store) -> None:
@@ -370,6 +407,52 @@ def test_an_introduction_refreshes_address_and_token_and_keeps_the_rest(store: S
     project = store.project()
     assert (project.url, project.token, project.label_config) == ("http://b", "t2", config)
     assert store.annotated() == 1
+
+
+def _configured(label: str, *, minute: int) -> dict[str, Any]:
+    """PROJECT_UPDATED as recorded, with another label config, in the state of a minute."""
+    body = capture("POST_webhook_PROJECT_UPDATED")
+    body["project"] |= {
+        "title": f"with {label}",
+        "label_config": f"<View>{label}</View>",
+        "updated_at": (START + timedelta(minutes=minute)).isoformat(),
+    }
+    return body
+
+
+def test_a_late_event_does_not_set_the_label_config_back(store: Store) -> None:
+    # Without any other word, an annotation's event tells it.
+    store.hear(_created(1))
+    assert store.project().label_config == capture("POST_setup")["schema"]
+    store.hear(_configured("newer", minute=5))
+    store.hear(_configured("older", minute=3))
+    late = _created(2)
+    late["project"] |= _configured("stale", minute=9)["project"]
+    store.hear(late)
+    project = store.project()
+    assert (project.label_config, project.title) == ("<View>newer</View>", "with newer")
+    store.hear(_configured("newest", minute=7))
+    assert store.project().label_config == "<View>newest</View>"
+    # A task was opened since.
+    store.ingest.introduce(KEY, 1, label_config="<View>opened</View>")
+    store.hear(_configured("late", minute=8))
+    project = store.project()
+    assert (project.label_config, project.title) == ("<View>opened</View>", "with newest")
+
+
+def test_what_the_api_said_of_a_project_is_replaced_by_what_is_newer(store: Store) -> None:
+    store.hear(_created(1))
+    asked_at = now()
+    body = _configured("newer", minute=0)
+    body["project"]["updated_at"] = (asked_at + timedelta(seconds=5)).isoformat()
+    shown = read_project(_configured("shown", minute=0)["project"])
+    number = store.project().id
+    store.ingest.end_reading(number, shown, asked_at=asked_at)
+    project = store.project()
+    assert (project.label_config, project.reconciled_at) == ("<View>shown</View>", asked_at)
+    store.hear(body)
+    store.ingest.end_reading(number, shown, asked_at=asked_at)
+    assert store.project().label_config == "<View>newer</View>"
 
 
 def test_an_event_that_fails_halfway_leaves_nothing(store: Store) -> None:
@@ -411,6 +494,27 @@ def test_migrating_from_several_threads_at_once_is_safe(tmp_path: Path) -> None:
     with database.reading() as session:
         assert session.scalars(select(Project)).all() == []
     assert (tmp_path / "deep/er/test.db").stat().st_mode & 0o077 == 0
+
+
+_TALKATIVE = """
+import logging, sys
+logging.basicConfig(level=logging.INFO)
+from ml_backend.store.database import Database
+
+Database(sys.argv[1]).migrate()
+"""
+
+
+def test_migrating_says_nothing(tmp_path: Path) -> None:
+    # The first makes the database, the second finds it.
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", _TALKATIVE, f"sqlite:///{tmp_path / 'test.db'}"],
+            capture_output=True,
+            text=True,
+            cwd=CAPTURES.parents[1],
+        )
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 _KILLED = """

@@ -17,7 +17,15 @@ from ml_backend.label_studio.events import (
     TasksChanged,
 )
 from ml_backend.learning.ingest import Ingest
-from ml_backend.learning.jobs import ATTEMPTS, STALE_AFTER, STILL_OPEN, Asked, Jobs, TakenOver
+from ml_backend.learning.jobs import (
+    ATTEMPTS,
+    FIRST_TASKS,
+    STALE_AFTER,
+    STILL_OPEN,
+    Asked,
+    Jobs,
+    TakenOver,
+)
 from ml_backend.learning.policy import PATIENCE
 from ml_backend.learning.promotion import Verdict, Versions
 from ml_backend.settings import load_settings
@@ -89,7 +97,8 @@ class Loop:
     def promoted(self, name: str) -> None:
         """Enters a version and makes it live."""
         verdict = Verdict(True, "promoted")
-        self.versions.record(self.project_id, name, {}, verdict, parent=None, revision=0)
+        live = self.project().live_version
+        self.versions.record(self.project_id, name, {}, verdict, parent=live, revision=0)
 
     def trained(self, name: str, revision: int) -> None:
         """Enters a version that saw the annotations up to a revision."""
@@ -385,6 +394,18 @@ def test_a_job_that_keeps_crashing_fails_in_the_end(loop: Loop) -> None:
     assert loop.job(number).reason == f"failed after {ATTEMPTS} attempts: the training crashed"
 
 
+@pytest.mark.parametrize("end", ["done", "refused", "failed"])
+def test_a_job_that_has_ended_is_not_tried_again(loop: Loop, end: str) -> None:
+    number = loop.started()
+    loop.jobs.finish(number, end, "so it ended")
+    # Its process crashed on its way out.
+    for counts in (True, False):
+        assert not loop.jobs.try_again(number, "it crashed", wait=0, counts=counts)
+    job = loop.job(number)
+    assert (job.state, job.reason, job.attempt) == (end, "so it ended", 1)
+    assert loop.jobs.claim(number) is None
+
+
 def test_a_stop_of_the_worker_does_not_count(loop: Loop) -> None:
     number = loop.started()
     for _ in range(2 * ATTEMPTS):
@@ -410,11 +431,16 @@ def test_tasks_left_over_by_a_request_wait_for_a_worker(loop: Loop) -> None:
 
 
 def test_the_rest_is_labelled_once_for_each_live_version(loop: Loop) -> None:
-    assert loop.jobs.consider_autolabel(loop.project_id) is None
+    # Before any version, the first tasks are chosen, once they are all there.
+    first = loop.jobs.consider_autolabel(loop.project_id)
+    assert first is not None
+    assert (first.state, first.enqueue) == ("queued", False)
+    assert first.reason == "the first tasks are chosen, for how they differ"
     loop.promoted("v1")
     asked = loop.jobs.consider_autolabel(loop.project_id)
     assert asked is not None
-    assert (asked.state, asked.reason, asked.enqueue) == ("queued", "v1 is live", True)
+    assert (asked.job, asked.state, asked.enqueue) == (first.job, "queued", True)
+    assert asked.reason == "v1 is live"
     again = loop.jobs.consider_autolabel(loop.project_id)
     assert again is not None
     assert (again.job, again.enqueue) == (asked.job, False)
@@ -434,6 +460,25 @@ def test_the_rest_is_labelled_once_for_each_live_version(loop: Loop) -> None:
     asked_for = loop.jobs.consider_autolabel(loop.project_id, trigger="command", forced=True)
     assert asked_for is not None
     assert asked_for.reason == "asked for, with v2"
+
+
+def test_enough_tasks_to_begin_with_are_chosen_once(loop: Loop) -> None:
+    first = loop.jobs.consider_autolabel(loop.project_id)
+    assert first is not None
+    for imported in (40, FIRST_TASKS):
+        with loop.database.session() as session:
+            session.execute(update(Job).values(not_before=now() - timedelta(seconds=1)))
+        claimed = loop.jobs.claim(first.job)
+        assert claimed is not None
+        payload = {**claimed.payload, "imported": imported}
+        loop.jobs.advance(claimed, 1.0, "chosen", payload=payload, version="untrained")
+        loop.jobs.finish(first.job, "done", "chosen", version="untrained")
+        assert loop.jobs.consider_autolabel(loop.project_id) is None
+        # More tasks: as long as there are too few, they may be chosen as well.
+        loop.ingest.apply(TasksChanged(PROJECT, (TaskInfo(imported, {}, START),)), PROJECT)
+        following = loop.jobs.consider_autolabel(loop.project_id)
+        assert (following is None) == (imported == FIRST_TASKS)
+        first = following or first
 
 
 def test_the_rest_is_labelled_again_when_tasks_arrive(loop: Loop) -> None:

@@ -6,13 +6,14 @@ import http.server
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 import torch
+from sqlalchemy import select, update
 
 from ml_backend.backend import Backend
 from ml_backend.demo.label_studio_server import LabelStudioServer, free_port
@@ -28,10 +29,11 @@ from ml_backend.label_studio.client import (
     Unauthorized,
     Unreachable,
 )
+from ml_backend.label_studio.events import Ignored, parse_event
 from ml_backend.learning.ingest import annotated_tasks, live_annotations
-from ml_backend.learning.reconcile import reconcile
+from ml_backend.learning.reconcile import Reconciled, reconcile
 from ml_backend.settings import load_settings
-from ml_backend.store.tables import Project
+from ml_backend.store.tables import Annotation, Project, Task, now
 from tests.conftest import RunningBackend, label_studio_program, make_live, wait_for
 
 
@@ -201,6 +203,129 @@ def test_only_what_changed_is_read_back(label_studio: LabelStudioServer, tmp_pat
     annotate(label_studio, {tasks[6]: images[tasks[6]]})
     _, left, annotations = read_back()
     assert (left, annotations) == (4, 4)
+
+
+class Known:
+    """A project in Label Studio, and what is known of it here; nobody listens to webhooks.
+
+    Args:
+        server: the Label Studio.
+        folder: for the state.
+        count: images, each a task.
+    """
+
+    def __init__(self, server: LabelStudioServer, folder: Path, count: int) -> None:
+        self.server = server
+        self.project, self.images = _project(server, count)
+        self.tasks = list(self.images)
+        self.client = LabelStudioClient(server.url, server.login.token)
+        self.backend = Backend(load_settings({"MODEL_DIR": str(folder)}))
+        info = self.client.project(self.project)
+        self.row = self.backend.ingest.introduce(
+            info.key, info.id, label_config=info.label_config
+        ).id
+
+    def annotate(self, *tasks: int) -> list[int]:
+        """Draws the boxes of tasks; answers the ids of the annotations."""
+        annotate(self.server, {task: self.images[task] for task in tasks})
+        return [
+            _call(self.server, "GET", f"/api/tasks/{task}/annotations/")[-1]["id"] for task in tasks
+        ]
+
+    def hear(self, action: str, **content: object) -> None:
+        """Applies a webhook as Label Studio would send it now."""
+        project = _call(self.server, "GET", f"/api/projects/{self.project}/")
+        event = parse_event({"action": action, "project": project, **content})
+        assert not isinstance(event, Ignored)
+        self.backend.ingest.apply(event, event.project)
+
+    def hear_of(self, task: int) -> None:
+        """Hears of a task's annotations."""
+        shown = _call(self.server, "GET", f"/api/tasks/{task}/")
+        self.hear("ANNOTATIONS_CREATED", annotation=shown["annotations"], task=shown)
+
+    def skip(self, annotation: int, skipped: bool = True) -> None:
+        """Skips an annotation, or takes it back."""
+        path = f"/api/annotations/{annotation}/"
+        _call(self.server, "PATCH", path, {"was_cancelled": skipped})
+
+    def read_back(self) -> Reconciled:
+        """Reads back what changed."""
+        with self.backend.database.reading() as session:
+            current = session.get_one(Project, self.row)
+        return reconcile(current, self.client, self.backend.database, self.backend.ingest)
+
+    def counts(self) -> tuple[int, int]:
+        """Annotated tasks and live annotations."""
+        with self.backend.database.reading() as session:
+            return annotated_tasks(session, self.row), live_annotations(session, self.row)
+
+    def buried(self) -> set[int]:
+        """Tasks that are taken for deleted."""
+        with self.backend.database.reading() as session:
+            return set(
+                session.scalars(
+                    select(Task.label_studio_id).where(
+                        Task.project_id == self.row, Task.deleted_at.is_not(None)
+                    )
+                )
+            )
+
+
+def test_a_task_whose_annotation_was_skipped_or_deleted_unheard_comes_back(
+    label_studio: LabelStudioServer, tmp_path: Path
+) -> None:
+    known = Known(label_studio, tmp_path, 5)
+    skipped, emptied, gone, stays, other = known.tasks
+    annotations = dict(zip(known.tasks, known.annotate(*known.tasks), strict=True))
+    for task in known.tasks:
+        known.hear_of(task)
+    assert known.counts() == (5, 5)
+    known.skip(annotations[skipped])
+    _call(label_studio, "DELETE", f"/api/annotations/{annotations[emptied]}/")
+    _call(label_studio, "DELETE", f"/api/tasks/{gone}/")
+    assert known.read_back().removed == 1
+    assert known.buried() == {gone}
+    assert known.counts() == (2, 2)
+    with known.backend.database.reading() as session:
+        row = session.scalars(
+            select(Annotation).where(Annotation.label_studio_id == annotations[skipped])
+        ).one()
+    assert row.was_cancelled
+    assert row.deleted_at is None
+
+    known.skip(annotations[skipped], skipped=False)
+    known.annotate(emptied)
+    known.read_back()
+    assert known.counts() == (4, 4)
+    # What an earlier release took for deleted, and nobody has touched since.
+    known.hear("TASKS_DELETED", tasks=[{"id": stays}])
+    with known.backend.database.session() as session:
+        session.execute(update(Project).values(reconciled_at=now() + timedelta(days=1)))
+    known.read_back()
+    assert known.counts() == (4, 4)
+    assert known.buried() == {gone}
+    _call(label_studio, "DELETE", f"/api/tasks/{other}/")
+    known.read_back()
+    assert known.counts() == (3, 3)
+
+
+def test_an_annotation_that_cannot_be_read_is_passed_over(
+    label_studio: LabelStudioServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    known = Known(label_studio, tmp_path, 3)
+    first, second, third = known.tasks
+    # No result at all: its column holds a null.
+    empty = _call(label_studio, "POST", f"/api/tasks/{first}/annotations/", {})
+    assert empty["result"] is None
+    known.annotate(second, third)
+    known.read_back()
+    assert known.counts() == (2, 2)
+    assert f"the id {empty['id']} is passed over: annotation.result: must be a list" in caplog.text
+    assert known.buried() == set()
+    _call(label_studio, "PATCH", f"/api/annotations/{empty['id']}/", {"result": []})
+    known.read_back()
+    assert known.counts() == (3, 3)
 
 
 def test_only_tasks_that_changed_since_are_asked_for(label_studio: LabelStudioServer) -> None:

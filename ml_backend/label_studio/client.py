@@ -176,7 +176,7 @@ class LabelStudioClient:
         return int(answer.get("total_annotations", 0))
 
     def task_ids(self, project: int) -> Iterator[int]:
-        """Ids of the annotated tasks."""
+        """Ids of the annotated tasks, those left out that have only skipped annotations."""
         condition = _filter("total_annotations", "greater", "Number", 0)
         # `review` keeps Label Studio from asking us for predictions on the way.
         for page in self._pages(project, [condition], {"review": "true"}):
@@ -187,19 +187,23 @@ class LabelStudioClient:
         tasks = self._tasks_page(project, [], {"page_size": 1, "review": "true"}).get("tasks", [])
         return tasks[0] if tasks else None
 
-    def predicted_tasks(self, project: int, version: str, tasks: Sequence[int]) -> set[int]:
-        """Those of some tasks that hold a prediction of a version."""
-        if not tasks:
-            return set()
+    def tasks(self, project: int, ids: Sequence[int]) -> list[dict[str, Any]]:
+        """Those of at most 100 tasks that are there, with annotations and predictions."""
+        if not ids:
+            return []
         answer = self._tasks_page(
             project,
             [],
-            {"page_size": len(tasks), "fields": "all"},
-            selected={"all": False, "included": list(tasks)},
+            {"page_size": len(ids), "fields": "all"},
+            selected={"all": False, "included": list(ids)},
         )
+        return list(answer.get("tasks", []))
+
+    def predicted_tasks(self, project: int, version: str, tasks: Sequence[int]) -> set[int]:
+        """Those of at most 100 tasks that hold a prediction of a version."""
         return {
             int(task["id"])
-            for task in answer.get("tasks", [])
+            for task in self.tasks(project, tasks)
             if any(p.get("model_version") == version for p in task.get("predictions", []))
         }
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
+
+_log = logging.getLogger(__name__)
+
+Read = TypeVar("Read")
 
 
 class InvalidEvent(ValueError):
@@ -27,7 +33,7 @@ class ProjectKey:
 
 @dataclass(frozen=True, slots=True)
 class ProjectInfo:
-    """A project, as webhooks and the API show it."""
+    """A project, as webhooks and the API show it; `updated_at` only webhooks tell."""
 
     key: str
     id: int
@@ -35,6 +41,7 @@ class ProjectInfo:
     label_config: str
     model_version: str | None
     sampling: str | None
+    updated_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +157,7 @@ def parse_project_key(text: str) -> ProjectKey:
 
 
 def parse_event(body: dict[str, Any]) -> Event | Ignored:
-    """Reads a webhook's body.
+    """Reads a webhook's body; of several annotations or tasks, those that can be read.
 
     Raises:
         InvalidEvent: a field is missing or wrong.
@@ -162,14 +169,14 @@ def parse_event(body: dict[str, Any]) -> Event | Ignored:
         case "ANNOTATION_CREATED" | "ANNOTATION_UPDATED" | "ANNOTATIONS_CREATED":
             return AnnotationsChanged(
                 _project(body),
-                tuple(read_annotation(a) for a in _many(body, "annotation")),
-                tuple(read_task(t) for t in _many(body, "task")),
+                _read_many(body, "annotation", read_annotation),
+                _read_many(body, "task", read_task),
             )
         case "ANNOTATIONS_DELETED" | "ANNOTATION_DELETED":
             key = "annotations" if "annotations" in body else "annotation"
             return AnnotationsDeleted(_project(body), _ids(body, key))
         case "TASKS_CREATED":
-            return TasksChanged(_project(body), tuple(map(read_task, _many(body, "tasks"))))
+            return TasksChanged(_project(body), _read_many(body, "tasks", read_task))
         case "TASKS_DELETED":
             return TasksDeleted(_project(body), _ids(body, "tasks"))
         case "PROJECT_UPDATED" | "PROJECT_CREATED":
@@ -196,7 +203,20 @@ def read_project(content: object) -> ProjectInfo:
         label_config=str(fields.get("label_config") or ""),
         model_version=_optional_text(fields.get("model_version")),
         sampling=_optional_text(fields.get("sampling")),
+        updated_at=_moment(fields, "updated_at", "project") if "updated_at" in fields else None,
     )
+
+
+def readable(read: Callable[[Any], Read], contents: Iterable[Any]) -> tuple[Read, ...]:
+    """What can be read of several things of a kind; the others are logged and passed over."""
+    found = []
+    for content in contents:
+        try:
+            found.append(read(content))
+        except InvalidEvent as error:
+            number = content.get("id") if isinstance(content, dict) else None
+            _log.warning("what has the id %.40r is passed over: %s", number, error)
+    return tuple(found)
 
 
 def read_task(content: object) -> TaskInfo:
@@ -263,6 +283,15 @@ def _many(body: dict[str, Any], key: str) -> list[Any]:
     if not isinstance(value, list):
         raise InvalidEvent(f"{key}: must be an object or a list")
     return value
+
+
+def _read_many(body: dict[str, Any], key: str, read: Callable[[Any], Read]) -> tuple[Read, ...]:
+    contents = _many(body, key)
+    found = readable(read, contents)
+    if contents and not found:
+        # It is refused, with the first reason.
+        read(contents[0])
+    return found
 
 
 def _ids(body: dict[str, Any], key: str) -> tuple[int, ...]:

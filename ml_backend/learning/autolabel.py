@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +21,13 @@ from ml_backend.label_studio.label_config import (
     LabelConfigError,
     parse_label_config,
 )
-from ml_backend.learning.jobs import Jobs, tasks_arrived
+from ml_backend.learning.cold_start import cold_start
+from ml_backend.learning.jobs import FIRST_TASKS, Jobs, tasks_arrived
 from ml_backend.learning.label_studios import LabelStudios
 from ml_backend.learning.tidy import older_versions
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
-from ml_backend.store.tables import PRETRAINED, Job, Project
+from ml_backend.store.tables import PRETRAINED, UNTRAINED, Job, Project
 
 if TYPE_CHECKING:
     from ml_backend.learning.serving import Serving
@@ -35,8 +36,8 @@ _PAGES = 20
 """Pages of a small project: so often its progress is saved, and another live version noticed."""
 _SMALLEST_PAGE = 20
 _LARGEST_PAGE = 1000
-_AT_ONCE = 100
-_PATIENCE = 600.0
+AT_ONCE = 100
+PATIENCE = 600.0
 """Seconds that the images of one request to the model may take."""
 _LOADING = 60.0
 """Seconds that COCO's weights may take to load."""
@@ -132,33 +133,50 @@ class AutoLabel:
         """
         with self._database.reading() as session:
             project = session.get_one(Project, job.project_id)
-        client = self._label_studios.client(project)
-        if client is None:
-            raise AutoLabelRefused(
-                "refused because predictions cannot be imported without a token: set "
-                "LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY"
-            )
-        try:
-            config = parse_label_config(project.label_config)
-        except LabelConfigError as error:
-            raise AutoLabelRefused(f"refused because of the label config: {error}") from error
-        if project.live_version is None:
-            return self._untrained(job, project, client, config)
-        return self._label(job, project, client, config, project.live_version)
+        client, config = what_is_needed(project, self._label_studios)
+        version = project.live_version
+        if version is None:
+            try:
+                version = before_the_first(project, self._settings, self._version_of)
+            except AutoLabelRefused:
+                return self._choose_the_first(job, project, client, config)
+        return self._label(job, project, client, config, version)
 
-    def _untrained(
+    def _choose_the_first(
         self, job: Job, project: Project, client: LabelStudioClient, config: LabelConfig
     ) -> Labelled:
-        """A project before its first version: what COCO's weights know, where they can be had."""
-        until = time.monotonic() + (0 if self._settings.weights == "none" else _LOADING)
-        while self._version_of(project) != PRETRAINED:
-            if time.monotonic() >= until:
-                raise AutoLabelRefused(
-                    "refused because the project has no model version yet: annotate "
-                    f"{self._settings.train_min} tasks, and the first training makes one"
+        """Before any model: predictions without a box, whose scores say where to begin."""
+        so_far = _SoFar.of(job.payload, UNTRAINED)
+
+        def pages() -> Iterator[dict[str, Any]]:
+            cursor = 0
+            while True:
+                tasks, _ = client.unpredicted_tasks(
+                    project.label_studio_id, UNTRAINED, after=cursor, limit=_LARGEST_PAGE
                 )
-            time.sleep(0.5)
-        return self._label(job, project, client, config, PRETRAINED)
+                if not tasks:
+                    return
+                yield from tasks
+                cursor = int(tasks[-1]["id"])
+
+        _, so_far.newest_task = self._look(project.id, so_far.newest_task)
+        chosen = cold_start(
+            self._settings,
+            config,
+            self._label_studios.images(project),
+            pages(),
+            max(1, FIRST_TASKS - so_far.imported),
+            lambda fraction, words: self._jobs.progress(job.id, fraction, words),
+        )
+        if self._look(project.id, 0)[0] is not None:
+            return Labelled(UNTRAINED, "superseded by the first version")
+        self._jobs.hold(job)
+        # One that was opened meanwhile holds none: untrained, nothing is answered.
+        so_far.imported += client.import_predictions(project.label_studio_id, chosen)
+        so_far.done = so_far.imported
+        words = f"{len(chosen)} tasks chosen to begin with, for how they differ"
+        self._jobs.advance(job, 1.0, words, payload=dataclasses.asdict(so_far), version=UNTRAINED)
+        return Labelled(UNTRAINED, words)
 
     def _label(
         self,
@@ -169,7 +187,7 @@ class AutoLabel:
         version: str,
     ) -> Labelled:
         so_far = _SoFar.of(job.payload, version)
-        clock = _Clock(so_far.done)
+        clock = _Clock()
         total = 0
         while True:
             live, newest_task = self._look(project.id, so_far.newest_task)
@@ -206,15 +224,15 @@ class AutoLabel:
     ) -> list[dict[str, Any] | None] | None:
         """The predictions of a page; None where another version has gone live meanwhile."""
         results: list[dict[str, Any] | None] = []
-        for start in range(0, len(tasks), _AT_ONCE):
+        for start in range(0, len(tasks), AT_ONCE):
             if start:
                 done = so_far.done + start
                 self._jobs.progress(job.id, done / total, clock.words(done, total))
             predicted = self._serving().predict(
                 project,
                 config,
-                tasks[start : start + _AT_ONCE],
-                deadline=time.monotonic() + _PATIENCE,
+                tasks[start : start + AT_ONCE],
+                deadline=time.monotonic() + PATIENCE,
             )
             if predicted.version != so_far.version:
                 if self._look(project.id, 0)[0] != project.live_version:
@@ -251,7 +269,9 @@ class AutoLabel:
                 predictions.append({"task": task["id"], **result})
                 continue
             so_far.left_out += 1
-            so_far.example = so_far.example or self._why_not(project, config, task)
+            so_far.example = so_far.example or why_not(
+                project, config, task, self._settings, self._label_studios
+            )
         self._jobs.hold(job)
         so_far.imported += client.import_predictions(project.label_studio_id, predictions)
 
@@ -301,41 +321,82 @@ class AutoLabel:
             live = session.get_one(Project, project_id).live_version
             return live, tasks_arrived(session, project_id, newest) or newest
 
-    def _why_not(self, project: Project, config: LabelConfig, task: dict[str, Any]) -> str:
-        """Why a task has no prediction: its images are read once more."""
-        images = self._label_studios.images(project)
-        try:
-            for data_key in config.controls_by_image():
-                value = task["data"].get(data_key)
-                if not isinstance(value, str) or not value:
-                    raise ImageUnavailable(f"its data has no image under {data_key!r}")
-                decode_image(
-                    images.fetch(task["id"], value), max_pixels=self._settings.image_max_pixels
-                )
-        except (ImageUnavailable, UndecodableImage) as error:
-            return f"task {task['id']}: {error}"
-        return f"task {task['id']}: the log says why"
+
+def what_is_needed(
+    project: Project, label_studios: LabelStudios
+) -> tuple[LabelStudioClient, LabelConfig]:
+    """What a project's tasks are predicted with.
+
+    Raises:
+        AutoLabelRefused: there is no token, or no label to detect.
+    """
+    client = label_studios.client(project)
+    if client is None:
+        raise AutoLabelRefused(
+            "refused because predictions cannot be imported without a token: set "
+            "LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY"
+        )
+    try:
+        return client, parse_label_config(project.label_config)
+    except LabelConfigError as error:
+        raise AutoLabelRefused(f"refused because of the label config: {error}") from error
+
+
+def before_the_first(
+    project: Project, settings: Settings, version_of: Callable[[Project], str]
+) -> str:
+    """The version of a project before its first training: COCO's, waited for while it loads.
+
+    Raises:
+        AutoLabelRefused: COCO's weights cannot be had.
+    """
+    until = time.monotonic() + (0 if settings.weights == "none" else _LOADING)
+    while version_of(project) != PRETRAINED:
+        if time.monotonic() >= until:
+            raise AutoLabelRefused(
+                "refused because the project has no model version yet: annotate "
+                f"{settings.train_min} tasks, and the first training makes one"
+            )
+        time.sleep(0.5)
+    return PRETRAINED
+
+
+def why_not(
+    project: Project,
+    config: LabelConfig,
+    task: dict[str, Any],
+    settings: Settings,
+    label_studios: LabelStudios,
+) -> str:
+    """Why a task has no prediction: its images are read once more."""
+    images = label_studios.images(project)
+    try:
+        for data_key in config.controls_by_image():
+            value = task["data"].get(data_key)
+            if not isinstance(value, str) or not value:
+                raise ImageUnavailable(f"its data has no image under {data_key!r}")
+            decode_image(images.fetch(task["id"], value), max_pixels=settings.image_max_pixels)
+    except (ImageUnavailable, UndecodableImage) as error:
+        return f"task {task['id']}: {error}"
+    return f"task {task['id']}: the log says why"
 
 
 class _Clock:
-    """Says how fast a run is.
+    """Says how fast a run is, measured from the first time that it is asked: loading a model takes
+    longer than some of the tasks."""
 
-    Args:
-        done: tasks that were dealt with before it.
-    """
-
-    def __init__(self, done: int) -> None:
-        self._began = time.monotonic()
-        self._before = done
+    def __init__(self) -> None:
+        self._first: tuple[int, float] | None = None
 
     def words(self, done: int, total: int) -> str:
         """How far it is, how fast, and when it will be done."""
         words = f"{done:,} of {total:,} tasks"
-        rate = (done - self._before) / max(1e-3, time.monotonic() - self._began)
-        if rate <= 0 or done >= total:
+        moment = time.monotonic()
+        before, began = self._first = self._first or (done, moment)
+        if done in (before, total) or moment == began:
             return words
-        seconds = (total - done) / rate
-        return f"{words}, {rate:.1f}/s, about {_duration(seconds)} left"
+        rate = (done - before) / (moment - began)
+        return f"{words}, {rate:.1f}/s, about {_duration((total - done) / rate)} left"
 
 
 def _duration(seconds: float) -> str:

@@ -1,4 +1,7 @@
-"""`python -m ml_backend.learning.autolabel_process JOB`: what auto-labelling runs in."""
+"""`python -m ml_backend.learning.autolabel_process JOB`: what predicts tasks that nobody opened.
+
+Auto-labelling runs in it, and what a request for predictions left over.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from ml_backend.label_studio.client import (
 )
 from ml_backend.learning.autolabel import AutoLabel, AutoLabelFailed, AutoLabelRefused
 from ml_backend.learning.jobs import TakenOver
+from ml_backend.learning.leftovers import Leftovers
 from ml_backend.learning.supervisor import REFUSED, lower_priority
 from ml_backend.settings import load_settings
 
@@ -34,7 +38,8 @@ def main(job_id: int) -> int:
     job = backend.jobs.get(job_id)
     if job is None:
         raise SystemExit(f"there is no job {job_id}")
-    run = AutoLabel(
+    kind = Leftovers if job.kind == "predict" else AutoLabel
+    run = kind(
         backend.settings,
         backend.database,
         backend.jobs,

@@ -29,8 +29,6 @@ _log = logging.getLogger(__name__)
 
 POOL = 1000
 """Tasks, drawn at random, among which the first ones are chosen."""
-FIRST = 100
-"""Tasks that get a place: by then there have been several trainings."""
 _FETCHERS = 8
 
 
@@ -39,6 +37,7 @@ def cold_start(
     config: LabelConfig,
     images: ImageSource,
     tasks: Iterable[dict[str, Any]],
+    count: int,
     on_progress: Callable[[float, str], None],
 ) -> list[dict[str, Any]]:
     """Chooses the tasks to begin with: see `acquisition.farthest_first`.
@@ -48,6 +47,7 @@ def cold_start(
         config: the project's label config; of several images of a task the first counts.
         images: where its images come from.
         tasks: with `id` and `data`, as many as there are; they are passed over once.
+        count: how many are wanted.
         on_progress: told the fraction done and a sentence.
 
     Returns:
@@ -87,7 +87,7 @@ def cold_start(
                 numbers.append(task["id"])
                 rows.append(found.embedding)
             on_progress(done / len(drawn), f"looked at {done + 1} of {len(drawn)} images")
-    chosen = farthest_first(np.stack(rows), FIRST) if rows else []
+    chosen = farthest_first(np.stack(rows), count) if rows else []
     return [
         {
             "task": numbers[i],

@@ -1,13 +1,16 @@
 """What Label Studio tells of, stored: the same event twice, late or out of order does no harm.
 
 - An annotation is replaced only by a later state of itself (`updated_at`).
-- A deletion is final: it stays as a tombstone, which no late event revives.
+- A deletion is final: it stays as a tombstone, which no late event revives. Only Label Studio's API
+  does, where it shows what was deleted before it was asked.
+- Title and label config are what the newest event about the project itself says, or `/setup`,
+  `/predict` or the API; other events carry them as well, in no order that is promised.
 - Every change raises the project's revision; what a training saw is a revision.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -20,6 +23,7 @@ from ml_backend.label_studio.events import (
     AnnotationsChanged,
     AnnotationsDeleted,
     Event,
+    ProjectChanged,
     ProjectInfo,
     TaskInfo,
     TasksChanged,
@@ -55,12 +59,14 @@ class Ingest:
     def apply(self, event: Event, project: ProjectInfo) -> Applied:
         """Stores an event whole, in one transaction, before anyone acknowledges it."""
         with self._database.session() as session:
-            row = self._project(
-                session, project.key, project.id, project.title, project.label_config
-            )
+            row = self._project(session, project.key, project.id)
+            row.title = row.title or project.title
+            row.label_config = row.label_config or project.label_config
             row.heard_at = now()
             changed = 0
             match event:
+                case ProjectChanged():
+                    _describe(row, project, at=project.updated_at or now())
                 case AnnotationsChanged(annotations=annotations, tasks=tasks):
                     self._tasks(session, row, tasks)
                     changed = self._annotations(session, row, annotations)
@@ -95,7 +101,10 @@ class Ingest:
             ):
                 return row
         with self._database.session() as session:
-            row = self._project(session, key, label_studio_id, None, label_config)
+            row = self._project(session, key, label_studio_id)
+            if label_config and row.label_config != label_config:
+                row.label_config = label_config
+                row.described_at = now()
             if url is not None:
                 if row.url != url:
                     row.is_default = None
@@ -111,17 +120,27 @@ class Ingest:
         annotations: Sequence[AnnotationInfo],
         *,
         asked_at: datetime,
+        unreadable: Collection[int] = (),
     ) -> int:
         """Stores whole tasks as Label Studio's API showed them; answers how many changed.
 
-        An annotation of these tasks that the API no longer shows is gone, unless it arrived
-        after `asked_at`, when the page was asked for.
+        What the API shows is there, even where it was taken for deleted; an annotation of these
+        tasks that it does not show is gone. What arrived after it was asked stands.
+
+        Args:
+            project_id: the project.
+            tasks: the tasks.
+            annotations: all of theirs that can be read.
+            asked_at: when the API was asked, or earlier.
+            unreadable: ids of their other annotations: those stay as they are known.
         """
         with self._database.session() as session:
             row = session.get_one(Project, project_id, with_for_update=True)
+            _revive(session, row, Task, (t.id for t in tasks), asked_at)
+            _revive(session, row, Annotation, (a.id for a in annotations), asked_at)
             self._tasks(session, row, tasks)
             changed = self._annotations(session, row, annotations)
-            seen = {a.id for a in annotations}
+            seen = {a.id for a in annotations}.union(unreadable)
             gone: list[int] = []
             for chunk in in_chunks({"id": t.id} for t in tasks):
                 gone += [
@@ -140,43 +159,28 @@ class Ingest:
             self._count(row, changed)
             return changed
 
-    def keep_only_tasks(self, project_id: int, ids: set[int], *, asked_at: datetime) -> int:
-        """Buries the annotated tasks that Label Studio no longer has; answers how many."""
+    def remove_tasks(self, project_id: int, ids: Collection[int]) -> int:
+        """Buries tasks that Label Studio no longer has; answers how many annotations went along."""
         with self._database.session() as session:
             row = session.get_one(Project, project_id, with_for_update=True)
-            known = session.scalars(
-                select(Annotation.task_id)
-                .where(
-                    Annotation.project_id == project_id,
-                    Annotation.deleted_at.is_(None),
-                    Annotation.received_at < asked_at,
-                    Annotation.task_id.is_not(None),
-                )
-                .distinct()
-            )
-            gone = [task for task in known if task is not None and task not in ids]
-            self._count(row, self._bury_tasks(session, row, gone))
-            return len(gone)
+            changed = self._bury_tasks(session, row, ids)
+            self._count(row, changed)
+            return changed
 
-    def _project(
-        self,
-        session: Session,
-        key: str,
-        label_studio_id: int,
-        title: str | None,
-        label_config: str | None,
-    ) -> Project:
+    def end_reading(self, project_id: int, project: ProjectInfo, *, asked_at: datetime) -> None:
+        """Notes that all was read back, and what the API said of the project itself."""
+        with self._database.session() as session:
+            row = session.get_one(Project, project_id, with_for_update=True)
+            row.reconciled_at = asked_at
+            _describe(row, project, at=asked_at)
+
+    def _project(self, session: Session, key: str, label_studio_id: int) -> Project:
         session.execute(
             self._database.insert(Project)
             .values(key=key, label_studio_id=label_studio_id)
             .on_conflict_do_nothing(index_elements=["key"])
         )
-        row = session.scalars(select(Project).where(Project.key == key).with_for_update()).one()
-        if title:
-            row.title = title
-        if label_config:
-            row.label_config = label_config
-        return row
+        return session.scalars(select(Project).where(Project.key == key).with_for_update()).one()
 
     def _tasks(self, session: Session, project: Project, tasks: Iterable[TaskInfo]) -> None:
         rows = [
@@ -312,6 +316,41 @@ class Ingest:
             project.changed_at = now()
 
 
+def _describe(row: Project, project: ProjectInfo, *, at: datetime) -> None:
+    """Takes over what a project was called, and its label config, unless something newer is known.
+
+    Args:
+        row: where they are kept.
+        project: what they were.
+        at: when they were so.
+    """
+    if row.described_at is not None and at <= row.described_at:
+        return
+    row.title = project.title or row.title
+    row.label_config = project.label_config or row.label_config
+    row.described_at = at
+
+
+def _revive(
+    session: Session,
+    project: Project,
+    table: type[Task] | type[Annotation],
+    ids: Iterable[int],
+    asked_at: datetime,
+) -> None:
+    """Takes back what was buried before a moment; whatever state is stored next is taken."""
+    for chunk in in_chunks({"id": number} for number in ids):
+        session.execute(
+            update(table)
+            .where(
+                table.project_id == project.id,
+                table.label_studio_id.in_([c["id"] for c in chunk]),
+                table.deleted_at < asked_at,
+            )
+            .values(deleted_at=None, updated_at=None)
+        )
+
+
 def annotated_tasks(session: Session, project_id: int) -> int:
     """How many tasks of a project have an annotation to learn from."""
     return (
@@ -347,6 +386,20 @@ def live_annotations(session: Session, project_id: int) -> int:
         )
         or 0
     )
+
+
+def annotated_ids(session: Session, project_id: int) -> set[int]:
+    """Label Studio's ids of the tasks that `live_annotations` counts annotations of."""
+    found = session.scalars(
+        select(Annotation.task_id)
+        .where(
+            Annotation.project_id == project_id,
+            Annotation.deleted_at.is_(None),
+            Annotation.was_cancelled.is_(False),
+        )
+        .distinct()
+    )
+    return {number for number in found if number is not None}
 
 
 def changes_since(session: Session, project_id: int, revision: int) -> int:

@@ -13,7 +13,7 @@ from ml_backend.learning.ingest import annotated_tasks, changes_since
 from ml_backend.learning.policy import Decision, Situation, decide
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
-from ml_backend.store.tables import Annotation, Job, Project, Task, now
+from ml_backend.store.tables import UNTRAINED, Annotation, Job, Project, Task, now
 
 ATTEMPTS = 3
 """How often a job that crashes is tried."""
@@ -25,6 +25,9 @@ ACTIVE = ("waiting", "queued", "running")
 
 NEW_TASKS_DELAY = timedelta(seconds=10)
 """New tasks come in several events: they are predicted together, so long after the first."""
+
+FIRST_TASKS = 100
+"""Tasks that are chosen to begin with, before any model: by then there will have been trainings."""
 
 STILL_OPEN = timedelta(minutes=15)
 """Predictions of older versions are removed so long after the new ones are there: Label Studio
@@ -110,8 +113,9 @@ class Jobs:
         """Decides whether a project's tasks without an annotation must be predicted now.
 
         By itself that happens once for each live version, and again for tasks that have arrived
-        since. One such job of a project is active at a time; a running one sees at its next step
-        that another version is live, and ends, and the next begins.
+        since; before the first version, until enough are chosen to begin with. One such job of a
+        project is active at a time; a running one sees at its next step that another version is
+        live, and ends, and the next begins.
 
         Returns:
             The job; None where there is nothing to do.
@@ -122,19 +126,34 @@ class Jobs:
             before = _newest(session, project_id, "autolabel")
             if before is not None and before.state in ACTIVE:
                 put_off = before.state == "queued" and before.not_before is not None
-                if forced and put_off:
+                # It waits for more tasks, unless somebody asks or a version has come.
+                outdated = project.live_version is not None and before.version is None
+                at_once = put_off and (forced or outdated)
+                if outdated and put_off:
+                    before.trigger = trigger
+                    before.reason = f"{project.live_version} is live"
+                if at_once:
                     before.not_before = None
                     before.heartbeat_at = now()
-                return Asked(before.id, before.state, before.reason, enqueue=forced and put_off)
+                return Asked(before.id, before.state, before.reason, enqueue=at_once)
             newest = before.payload.get("newest_task", 0) if before is not None else 0
             arrived = tasks_arrived(session, project_id, newest)
+            chosen = before.payload.get("imported", 0) if before is not None else 0
+            payload: dict[str, Any] = {"newest_task": arrived or newest}
+            if project.live_version is None:
+                payload |= {"version": UNTRAINED, "imported": chosen}
             not_before = None
             reason = f"asked for, with {project.version}"
             if not forced:
+                version = project.live_version or UNTRAINED
+                reason = f"{version} is live"
                 if project.live_version is None:
-                    return None
-                reason = f"{project.live_version} is live"
-                if before is not None and before.version == project.live_version:
+                    if chosen >= FIRST_TASKS or (before is not None and not arrived):
+                        return None
+                    trigger = "tasks"
+                    reason = "the first tasks are chosen, for how they differ"
+                    not_before = now() + NEW_TASKS_DELAY
+                elif before is not None and before.version == version:
                     if not arrived:
                         return None
                     trigger = "tasks"
@@ -147,7 +166,7 @@ class Jobs:
                 trigger=trigger,
                 reason=reason,
                 version=project.live_version,
-                payload={"newest_task": arrived or newest},
+                payload=payload,
                 not_before=not_before,
                 heartbeat_at=now(),
             )
@@ -180,14 +199,14 @@ class Jobs:
             return job.id
 
     def hand_over_predictions(self, project_id: int, tasks: list[dict[str, Any]]) -> int:
-        """A job for tasks whose predictions were not done by a request's deadline."""
+        """A job for tasks that a request left over: at its deadline, or because others ran."""
         with self._database.session() as session:
             job = Job(
                 project_id=project_id,
                 kind="predict",
                 state="queued",
                 trigger="predict",
-                reason=f"{len(tasks)} tasks left over at the deadline of a request",
+                reason=f"{len(tasks)} tasks left over by a request for predictions",
                 payload={"tasks": tasks},
                 heartbeat_at=now(),
             )
@@ -267,16 +286,24 @@ class Jobs:
         )
 
     def try_again(self, job_id: int, why: str, *, wait: float, counts: bool = True) -> bool:
-        """Puts a job back, or fails it after too many attempts; answers whether it was put back.
+        """Puts a running job back, or fails it after too many attempts.
+
+        One that has ended, or was put back already, stays as it is: a process may crash after its
+        work is done.
 
         Args:
             job_id: the job.
             why: what went wrong, in words.
             wait: seconds before it may be claimed again.
             counts: whether the attempt counts; a stop of the worker is not the job's fault.
+
+        Returns:
+            Whether it was put back.
         """
         with self._database.session() as session:
             job = session.get_one(Job, job_id, with_for_update=True)
+            if job.state != "running":
+                return False
             return _again(job, why, wait=wait, counts=counts)
 
     def due(self) -> list[tuple[int, str]]:

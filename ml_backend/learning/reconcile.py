@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-
-from sqlalchemy import update
+from datetime import datetime, timedelta
+from typing import Any
 
 from ml_backend.label_studio.client import LabelStudioClient
-from ml_backend.label_studio.events import read_annotation, read_task
-from ml_backend.learning.ingest import Ingest, live_annotations
+from ml_backend.label_studio.events import read_annotation, read_task, readable
+from ml_backend.learning.ingest import Ingest, annotated_ids, live_annotations
 from ml_backend.store.database import Database
 from ml_backend.store.tables import Project, now
 
@@ -18,6 +18,8 @@ _log = logging.getLogger(__name__)
 
 OVERLAP = timedelta(minutes=5)
 """Read again this much of what was read before: clocks differ, transactions commit late."""
+_AT_ONCE = 100
+"""Ids that an address has room for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,41 +43,37 @@ def reconcile(
     """Brings the store to what Label Studio holds of a project.
 
     Only tasks that changed since the last time are read, a page at a time; ids of the others only
-    where the number of annotations says that some are gone.
+    where the number of annotations says that some are missing, or gone. What cannot be read is
+    logged and passed over.
 
     Raises:
         LabelStudioError: it could not be read; what was read by then is kept.
     """
     asked_at = now()
-    info = client.project(project.label_studio_id)
+    number = project.label_studio_id
+    info = client.project(number)
     since = project.reconciled_at - OVERLAP if project.reconciled_at else None
-    tasks = changed = 0
-    for page in client.annotated_tasks(project.label_studio_id, changed_since=since):
-        changed += ingest.read_back(
-            project.id,
-            [read_task(task) for task in page],
-            [
-                read_annotation({**annotation, "task": task["id"]})
-                for task in page
-                for annotation in task["annotations"]
-            ],
-            asked_at=asked_at,
-        )
+    tasks = changed = removed = 0
+    for page in client.annotated_tasks(number, changed_since=since):
+        changed += _read_back(project.id, page, ingest, asked_at)
         tasks += len(page)
-    removed = 0
     # Deletions leave no trace to be read: only where the numbers differ are all ids read.
     with database.reading() as session:
         known = live_annotations(session, project.id)
-    if client.annotation_count(project.label_studio_id) != known:
-        removed = ingest.keep_only_tasks(
-            project.id, set(client.task_ids(project.label_studio_id)), asked_at=asked_at
-        )
-    with database.session() as session:
-        session.execute(
-            update(Project)
-            .where(Project.id == project.id)
-            .values(reconciled_at=asked_at, label_config=info.label_config, title=info.title)
-        )
+    if client.annotation_count(number) != known:
+        listed = set(client.task_ids(number))
+        with database.reading() as session:
+            doubtful = sorted(listed ^ annotated_ids(session, project.id))
+        for start in range(0, len(doubtful), _AT_ONCE):
+            asked = doubtful[start : start + _AT_ONCE]
+            page = client.tasks(number, asked)
+            changed += _read_back(project.id, page, ingest, asked_at)
+            tasks += len(page)
+            # A task without an annotation is there all the same.
+            gone = set(asked) - {int(task["id"]) for task in page}
+            ingest.remove_tasks(project.id, gone)
+            removed += len(gone)
+    ingest.end_reading(project.id, info, asked_at=asked_at)
     if changed or removed:
         _log.info(
             "project %s: %d annotations and %d deleted tasks were read back",
@@ -84,3 +82,19 @@ def reconcile(
             removed,
         )
     return Reconciled(tasks, changed, removed)
+
+
+def _read_back(
+    project_id: int, page: Sequence[dict[str, Any]], ingest: Ingest, asked_at: datetime
+) -> int:
+    shown = [
+        {**annotation, "task": task["id"]} for task in page for annotation in task["annotations"]
+    ]
+    annotations = readable(read_annotation, shown)
+    return ingest.read_back(
+        project_id,
+        readable(read_task, page),
+        annotations,
+        asked_at=asked_at,
+        unreadable={a["id"] for a in shown} - {a.id for a in annotations},
+    )

@@ -1,9 +1,9 @@
-"""Runs a training, or auto-labelling, in a process of its own, and knows what became of it.
+"""Runs a training, or predictions by the thousand, in a process of its own.
 
 Predictions are protected so: the process runs at the lowest priority (nice 19) and uses half the
 cores by default, because two torch processes that each take every core slow each other five-fold.
 It dies with its worker, is ended when it takes far too long or comes no further, and whatever
-kills it, the job is tried again or says what happened.
+kills it is known: the job is tried again, or says what happened.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ _log = logging.getLogger(__name__)
 REFUSED = 3
 """Exit status of a process that could not do what was asked; its job says why already."""
 _HEARTBEAT = 5.0
+_LOOK = 0.25
+"""Seconds between two looks whether the worker stops: it has little time for that."""
 _SILENCE = 900.0
 """An import into a project of 100,000 tasks may take Label Studio minutes."""
 _PR_SET_PDEATHSIG = 1
@@ -76,6 +78,10 @@ AUTO_LABELLING = Program(
     "ml_backend.learning.autolabel_process", "auto-labelling", silence=_SILENCE
 )
 """The program that predicts the tasks without an annotation: for hours, where there are many."""
+HANDED_OVER = Program(
+    "ml_backend.learning.autolabel_process", "predicting what was left over", silence=_SILENCE
+)
+"""The same, for the tasks that a request for predictions left over."""
 
 
 def supervise(
@@ -96,15 +102,18 @@ def supervise(
         env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
         start_new_session=True,
     )
-    began = came_on = time.monotonic()
+    began = came_on = beaten = time.monotonic()
     reached: object = None
     try:
         while True:
             with suppress(subprocess.TimeoutExpired):
-                return _ended(process.wait(timeout=_HEARTBEAT), program.what)
-            jobs.beat(job_id)
+                return _ended(process.wait(timeout=_LOOK), program.what)
             if stopping.is_set():
                 return Ended("stopped", "the worker was stopped")
+            if time.monotonic() < beaten + _HEARTBEAT:
+                continue
+            jobs.beat(job_id)
+            beaten = time.monotonic()
             if program.limit is not None and time.monotonic() > began + program.limit:
                 return Ended("crashed", "it went far beyond its time budget and was ended")
             if (now_at := _reached(jobs, job_id)) != reached:

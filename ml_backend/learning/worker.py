@@ -7,23 +7,31 @@ is found in the table and handed out again.
 from __future__ import annotations
 
 import logging
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from huey import RedisHuey, SqliteHuey
 from huey.api import Huey
+from huey.consumer import ConsumerStopped
 from sqlalchemy import select
 
 from ml_backend.learning.audits import Audits
 from ml_backend.learning.in_step import InStep
 from ml_backend.learning.jobs import Jobs, TakenOver
 from ml_backend.learning.label_studios import LabelStudios
-from ml_backend.learning.leftovers import Leftovers
-from ml_backend.learning.supervisor import AUTO_LABELLING, Program, supervise, training
+from ml_backend.learning.supervisor import (
+    AUTO_LABELLING,
+    HANDED_OVER,
+    Program,
+    supervise,
+    training,
+)
 from ml_backend.learning.tidy import NotYet, Tidy
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
@@ -32,6 +40,8 @@ from ml_backend.store.tables import Job, Project, now
 _log = logging.getLogger(__name__)
 
 _TICK = 1.0
+_LAST = 5.0
+"""Seconds that work in progress has to end when the worker stops."""
 _BUSY = 3.0
 """Seconds before a job looks again whether another one has ended."""
 _AUDIT_EVERY = 5.0
@@ -85,7 +95,6 @@ class Worker:
         jobs: Jobs,
         tasks: Tasks,
         in_step: InStep,
-        leftovers: Leftovers,
         audits: Audits,
         label_studios: LabelStudios,
         tidy: Tidy,
@@ -95,11 +104,11 @@ class Worker:
         self._jobs = jobs
         self._tasks = tasks
         self._in_step = in_step
-        self._leftovers = leftovers
         self._audits = audits
         self._label_studios = label_studios
         self._tidy = tidy
         self._stopping = threading.Event()
+        self._mine: dict[int, Job] = {}
         self._seen: dict[int, int] = {}
         self._due: dict[int, datetime] = {}
         self._live: dict[int, str | None] = {}
@@ -115,17 +124,35 @@ class Worker:
         tasks.on("audit", self._audit)
 
     def run(self) -> None:
-        """Works until the process is told to stop."""
+        """Works until the process is told to stop; what runs then is put back, and not counted."""
         ticker = threading.Thread(target=self._tick, name="ticker", daemon=True)
         ticker.start()
         # Threads: a training only waits for its process, so four of them serve several projects.
         consumer = self._tasks.queue.create_consumer(
-            workers=4, worker_type="thread", max_delay=1.0, check_worker_health=True
+            workers=4,
+            worker_type="thread",
+            max_delay=1.0,
+            check_worker_health=True,
+            shutdown_timeout=_LAST,
         )
+        consumer.start()
+        # Not the consumer's own: it waits for what runs, or lets go of it, before we hear of it.
+        # They set no event: a second signal would wait for ever for the first to do so.
+        told: list[int] = []
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(signum, lambda number, _: told.append(number))
         try:
-            consumer.run()
+            checked: float | None = time.monotonic()
+            with suppress(ConsumerStopped):
+                while not told:
+                    checked = consumer.loop(checked)
         finally:
             self._stopping.set()
+            consumer.stop(graceful=True)
+            # Now that nobody here takes it again.
+            for job in list(self._mine.values()):
+                if self._jobs.try_again(job.id, "the worker was stopped", wait=0, counts=False):
+                    self._tasks.put(job.kind, job.id)
             ticker.join()
 
     def _tick(self) -> None:
@@ -164,8 +191,7 @@ class Worker:
             rest = (project.live_version, project.heard_at)
             if self._settings.auto_label and self._rest.get(project.id) != rest:
                 self._rest[project.id] = rest
-                if project.live_version is not None:
-                    self._tasks.put("the rest", project.id)
+                self._tasks.put("the rest", project.id)
             moment = time.monotonic()
             if (
                 self._audited.get(project.id) != project.revision
@@ -210,40 +236,46 @@ class Worker:
             return None
 
     def _supervise(self, job_id: int, program: Program) -> Job | None:
-        job = self._jobs.claim(job_id)
-        if job is None:
-            return None
-        ended = supervise(program, job_id, self._jobs, self._settings, self._stopping)
-        _log.info("job %d, %s: %s %s", job_id, program.what, ended.status, ended.reason)
-        if ended.status == "stopped":
-            self._jobs.try_again(job_id, ended.reason, wait=0, counts=False)
-        elif ended.status == "crashed":
-            self._jobs.try_again(job_id, ended.reason, wait=5.0 * job.attempt)
-        return job
+        with self._claimed(job_id) as job:
+            if job is None:
+                return None
+            ended = supervise(program, job_id, self._jobs, self._settings, self._stopping)
+            _log.info("job %d, %s: %s %s", job_id, program.what, ended.status, ended.reason)
+            # Whoever stops the worker may have stopped its processes as well.
+            if ended.status == "crashed" and not self._stopping.is_set():
+                self._jobs.try_again(job_id, ended.reason, wait=5.0 * job.attempt)
+            return job
+
+    @contextmanager
+    def _claimed(self, job_id: int) -> Iterator[Job | None]:
+        """A job, if it can be had; it is ours until its work ends, or the worker."""
+        job = None if self._stopping.is_set() else self._jobs.claim(job_id)
+        if job is not None:
+            self._mine[job_id] = job
+        try:
+            yield job
+        finally:
+            if not self._stopping.is_set():
+                self._mine.pop(job_id, None)
 
     def _predict(self, job_id: int) -> None:
-        job = self._jobs.claim(job_id)
-        if job is None:
-            return
-        try:
-            self._jobs.finish(job_id, "done", self._leftovers.finish(job, self._jobs))
-        except Exception as error:
-            _log.exception("job %d", job_id)
-            self._jobs.try_again(job_id, str(error), wait=30.0 * job.attempt)
+        self._in_turn("predict", job_id, HANDED_OVER)
 
     def _remove_older(self, job_id: int) -> None:
-        job = self._jobs.claim(job_id)
-        if job is None:
-            return
+        with self._claimed(job_id) as job:
+            if job is not None:
+                self._tidy_up(job)
+
+    def _tidy_up(self, job: Job) -> None:
         try:
-            self._jobs.finish(job_id, "done", self._tidy.finish(job, self._jobs))
+            self._jobs.finish(job.id, "done", self._tidy.finish(job, self._jobs))
         except TakenOver:
-            _log.warning("job %d was silent for too long, and another run has it now", job_id)
+            _log.warning("job %d was silent for too long, and another run has it now", job.id)
         except NotYet as reason:
-            self._jobs.try_again(job_id, str(reason), wait=reason.wait, counts=False)
+            self._jobs.try_again(job.id, str(reason), wait=reason.wait, counts=False)
         except Exception as error:
-            _log.exception("job %d", job_id)
-            self._jobs.try_again(job_id, str(error), wait=60.0 * job.attempt)
+            _log.exception("job %d", job.id)
+            self._jobs.try_again(job.id, str(error), wait=60.0 * job.attempt)
 
     def _keep_in_step(self, project_id: int) -> None:
         if not self._in_step.update(project_id):

@@ -65,6 +65,8 @@ class Project(Base):
     label_studio_id: Mapped[LabelStudioId] = mapped_column(index=True)
     title: Mapped[str] = mapped_column(Text, default="")
     label_config: Mapped[str] = mapped_column(Text, default="")
+    described_at: Mapped[datetime | None]
+    """When title and label config were as they stand here: what is older does not replace them."""
     url: Mapped[str | None] = mapped_column(Text)
     """Where its Label Studio said it is (`/setup`), and the token that came with it."""
     token: Mapped[str | None] = mapped_column(Text)
