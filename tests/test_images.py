@@ -6,7 +6,7 @@ import base64
 import gzip
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -150,9 +150,12 @@ def _source(
     token: str | None = TOKEN,
     max_bytes: int = 100_000,
     timeout: float = 10.0,
+    other_urls: Iterable[str] = (),
 ) -> ImageSource:
     client = LabelStudioClient(base_url, token) if base_url and token else None
-    return ImageSource(base_url, client, cache, max_bytes=max_bytes, timeout=timeout)
+    return ImageSource(
+        base_url, client, cache, max_bytes=max_bytes, timeout=timeout, other_urls=other_urls
+    )
 
 
 # Where the token goes
@@ -364,6 +367,81 @@ def test_what_is_no_address_is_unavailable_and_nothing_worse(
 ) -> None:
     with pytest.raises(ImageUnavailable):
         _source(studio.url, cache).fetch(1, value)
+    assert studio.seen == []
+
+
+# Addresses that are good for browsers alone (LABEL_STUDIO_HOST)
+
+BROWSERS = "http://label-studio.example:8080"
+
+
+@pytest.mark.parametrize(
+    ("base", "browsers", "value", "path"),
+    [
+        (
+            "",
+            BROWSERS,
+            f"{BROWSERS}/data/local-files/?d=a%20b.png",
+            "/data/local-files/?d=a%20b.png",
+        ),
+        ("", f"{BROWSERS}/", f"{BROWSERS}/data/upload/1/a.png", "/data/upload/1/a.png"),
+        ("", f"{BROWSERS}/ls", f"{BROWSERS}/ls/data/upload/1/a.png", "/data/upload/1/a.png"),
+        ("", f"{BROWSERS}/ls", f"{BROWSERS}/data/upload/1/a.png", "/data/upload/1/a.png"),
+        ("/ls", f"{BROWSERS}/ls", f"{BROWSERS}/ls/data/upload/a.png", "/ls/data/upload/a.png"),
+        ("/in", f"{BROWSERS}/ls", f"{BROWSERS}/ls/data/upload/a.png", "/in/data/upload/a.png"),
+        ("/in", BROWSERS, f"{BROWSERS}/data/local-files/?d=a.png", "/in/data/local-files/?d=a.png"),
+        ("", "http://label-studio.example", "http://label-studio.example:80/data/upload/a", None),
+        ("", BROWSERS, f"{BROWSERS}/data/upload/../upload/a.png", "/data/upload/a.png"),
+    ],
+)
+def test_what_label_studio_serves_is_read_from_it_under_our_address(
+    base: str, browsers: str, value: str, path: str | None, studio: _Server, cache: DiskCache
+) -> None:
+    path = path or urlsplit(value).path
+    studio.answers[urlsplit(path).path] = _bytes()
+    source = _source(studio.url + base, cache, other_urls=[browsers])
+    assert source.fetch(1, value) == CONTENT
+    assert studio.seen == [(path, f"Token {TOKEN}")]
+    assert "Label Studio" in source.route_of(value)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/pictures/a.png",
+        "/other/data/upload/a.png",
+        "/data/upload/../../pictures/a.png",
+        "/pictures/a.png?x=/data/upload/a.png",
+    ],
+)
+def test_other_files_of_that_host_are_read_there_without_the_token(
+    path: str, studio: _Server, elsewhere: _Server, cache: DiskCache
+) -> None:
+    elsewhere.answers["/pictures/a.png"] = elsewhere.answers["/other/data/upload/a.png"] = _bytes()
+    source = _source(studio.url, cache, other_urls=[elsewhere.url])
+    assert source.fetch(1, elsewhere.url + path) == CONTENT
+    assert elsewhere.tokens == [None]
+    assert studio.seen == []
+    assert source.route_of(elsewhere.url + path) == "from its own address"
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://127.0.0.1:{other}/data/upload/a.png",
+        "http://127.0.0.1:{other}\\@label-studio.example:8080/data/upload/a.png",
+        "http://label-studio.example:8080@127.0.0.1:{other}/data/upload/a.png",
+    ],
+)
+def test_the_same_path_at_another_host_is_its_own_and_gets_no_token(
+    address: str, studio: _Server, elsewhere: _Server, cache: DiskCache
+) -> None:
+    elsewhere.answers["/data/upload/a.png"] = _bytes()
+    value = address.format(other=elsewhere.server_port)
+    source = _source(studio.url, cache, other_urls=[BROWSERS])
+    with suppress(ImageUnavailable):
+        source.fetch(1, value)
+    assert elsewhere.tokens == [None]
     assert studio.seen == []
 
 

@@ -192,7 +192,21 @@ def test_labels_that_no_class_means_are_told_with_a_similar_name_where_there_is_
     match = match_labels(config, ["car", "Motorcycle", "person"])
     assert match.matched == {"car": ("car",)}
     assert match.unmatched == ("Motorcicle", "Platelets", "wheel")
+    assert match.mistaken == ("wheels",)
     assert match.suggestions == {"Motorcicle": "Motorcycle"}
+
+
+def test_a_mistaken_predicted_value_is_told_though_another_one_is_known() -> None:
+    config = parse_label_config(
+        _rectangle_labels('<Label value="Vehicle" predicted_values="car,trukc"/>')
+    )
+    match = match_labels(config, ["car", "truck"])
+    assert match.matched == {"Vehicle": ("car",)}
+    assert match.mistaken == ("trukc",)
+    assert match.in_words("the weights") == (
+        "the weights know Vehicle; predicted_values names no class of theirs: trukc; "
+        "trukc: did you mean truck?"
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 """Formats that are opened; every other decoder of Pillow stays out of reach."""
 
+MAX_PIXELS = 100_000_000
+"""Pixels of an image, where nothing else is said."""
+
 # Pillow's own guard warns first and counts differently: ours stands in `decode_image`, per call.
 Image.MAX_IMAGE_PIXELS = None
 
@@ -19,7 +22,7 @@ class UndecodableImage(ValueError):
     """The bytes are no image that can be used; the text says why."""
 
 
-def decode_image(source: bytes | Path, *, max_pixels: int = 100_000_000) -> Image.Image:
+def decode_image(source: bytes | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decodes an image: upright (EXIF orientation applied), mode RGB.
 
     JPEG (CMYK too), PNG (grey, palette, alpha, 16 bit), WebP, BMP, TIFF, and the first frame of a

@@ -29,23 +29,12 @@ _log = logging.getLogger(__name__)
 REDIRECTS = 5
 _CHUNK = 64 * 1024
 _CLOUD = ("s3://", "gs://", "azure-blob://")
+_SERVED = ("/data/local-files/", "/data/upload/")
+"""Paths of what Label Studio itself serves of a task."""
 
 
 class ImageUnavailable(RuntimeError):
     """An image cannot be had; the text says why, and what helps."""
-
-
-def route_of(value: str) -> str:
-    """How an image is read, in words."""
-    if value.startswith("data:"):
-        return "inline"
-    if value.startswith(_CLOUD):
-        return "from cloud storage, by way of Label Studio"
-    if value.startswith(("http://", "https://")):
-        return "from its own address"
-    if "/data/local-files/" in value:
-        return "from local files, by way of Label Studio"
-    return "an upload, from Label Studio"
 
 
 class DiskCache:
@@ -141,6 +130,8 @@ class ImageSource:
         cache: keeps what was read.
         max_bytes: larger images are refused.
         timeout: seconds that one image may take in all.
+        other_urls: addresses under which others reach the same Label Studio, and which it therefore
+            writes into tasks (LABEL_STUDIO_HOST on its side).
     """
 
     def __init__(
@@ -151,7 +142,9 @@ class ImageSource:
         *,
         max_bytes: int,
         timeout: float,
+        other_urls: Iterable[str] = (),
     ) -> None:
+        self._other_urls = tuple(other_urls)
         self._base_url = base_url.rstrip("/") if base_url else None
         self._client = client
         self._cache = cache
@@ -182,7 +175,45 @@ class ImageSource:
             self._cache.put(key, content)
         return content
 
+    def route_of(self, value: str) -> str:
+        """How an image is read, in words."""
+        if value.startswith("data:"):
+            return "inline"
+        if value.startswith(_CLOUD):
+            return "from cloud storage, by way of Label Studio"
+        value = self._served(value) or value
+        if value.startswith(("http://", "https://")):
+            return "from its own address"
+        if "/data/local-files/" in value:
+            return "from local files, by way of Label Studio"
+        return "an upload, from Label Studio"
+
+    def _served(self, value: str) -> str | None:
+        """The path of a whole address at which Label Studio serves the file; None for others.
+
+        The address may be one that is good for browsers alone.
+        """
+        if not value.startswith(("http://", "https://")):
+            return None
+        for url in (self._base_url, *self._other_urls):
+            try:
+                if url is None or _origin(value) != _origin(url):
+                    continue
+                # With the dots of /data/upload/../ resolved, as they are in a request.
+                path = parse_url(value).request_uri
+                prefix = (parse_url(url).path or "").rstrip("/")
+            except LocationParseError:
+                continue
+            # Under a sub-path Label Studio may or may not have put it there.
+            if prefix and path.startswith(f"{prefix}/"):
+                path = path.removeprefix(prefix)
+            if path.startswith(_SERVED):
+                return path
+        return None
+
     def _address(self, task_id: int | None, value: str) -> str:
+        if self._base_url is not None and (path := self._served(value)) is not None:
+            return self._base_url + path
         if value.startswith(("http://", "https://")):
             return value
         if self._base_url is None:

@@ -95,12 +95,24 @@ class LabelMatch:
     Attributes:
         matched: the detector's classes, by label.
         unmatched: labels that it does not know.
-        suggestions: a class of a similar name, by unmatched label.
+        mistaken: names in `predicted_values` that are no classes of its.
+        suggestions: a class of a similar name, by unmatched label or mistaken name.
     """
 
     matched: dict[str, tuple[str, ...]]
     unmatched: tuple[str, ...]
+    mistaken: tuple[str, ...]
     suggestions: dict[str, str]
+
+    def in_words(self, weights: str) -> str:
+        """The same in one line; `weights` are called so."""
+        parts = [f"{weights} know {', '.join(self.matched) or 'none of the labels'}"]
+        if self.unmatched:
+            parts.append(f"they do not know {', '.join(self.unmatched)}")
+        if self.mistaken:
+            parts.append(f"predicted_values names no class of theirs: {', '.join(self.mistaken)}")
+        parts += [f"{name}: did you mean {close}?" for name, close in self.suggestions.items()]
+        return "; ".join(parts)
 
 
 @functools.lru_cache(maxsize=256)
@@ -152,12 +164,14 @@ def match_labels(config: LabelConfig, known: Sequence[str]) -> LabelMatch:
             if classes:
                 matched[label.output] = classes
     unmatched = tuple(label for label in config.labels if label not in matched)
+    asked = [n for c in config.controls for label in c.labels for n in label.predicted_values]
+    mistaken = tuple(dict.fromkeys(n for n in asked if n.casefold() not in by_name))
     suggestions = {}
-    for name in unmatched:
+    for name in (*unmatched, *mistaken):
         close = difflib.get_close_matches(name.casefold(), by_name, 1)
         if close:
             suggestions[name] = by_name[close[0]]
-    return LabelMatch(matched, unmatched, suggestions)
+    return LabelMatch(matched, unmatched, mistaken, suggestions)
 
 
 def _known(names: Iterable[str], by_name: dict[str, str]) -> tuple[str, ...]:
