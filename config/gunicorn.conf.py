@@ -5,13 +5,18 @@ Read by `ml-backend serve`; the values come from the settings.
 
 import os
 import shutil
+import sys
 
 from gunicorn.arbiter import Arbiter
 from gunicorn.workers.base import Worker
 
-from ml_backend.settings import load_settings
+from ml_backend.settings import SettingsError, load_settings
 
-_settings = load_settings()
+try:
+    _settings = load_settings()
+except SettingsError as error:
+    print(f"wrong setting: {error}", file=sys.stderr)
+    sys.exit(2)
 
 bind = f"{_settings.host}:{_settings.port}"
 workers = _settings.workers

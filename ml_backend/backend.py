@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 import threading
 from typing import TYPE_CHECKING
 
@@ -12,11 +13,10 @@ from ml_backend.learning.in_step import InStep
 from ml_backend.learning.ingest import Ingest
 from ml_backend.learning.jobs import Jobs
 from ml_backend.learning.label_studios import LabelStudios
-from ml_backend.learning.leftovers import Leftovers
 from ml_backend.learning.promotion import Versions
 from ml_backend.learning.tidy import Tidy
 from ml_backend.learning.worker import Tasks, Worker, make_queue
-from ml_backend.settings import Settings
+from ml_backend.settings import Settings, SettingsError
 from ml_backend.store.database import Database
 from ml_backend.store.registry import Registry
 
@@ -33,17 +33,34 @@ class Backend:
 
     Args:
         settings: what the admin set.
+
+    Raises:
+        SettingsError: `MODEL_DIR` cannot be used.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        settings.model_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            settings.model_dir.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=settings.model_dir):
+                pass
+        except OSError as error:
+            raise SettingsError(
+                f"MODEL_DIR: {settings.model_dir} must be a folder that this user can write to: "
+                f"{error.strerror}"
+            ) from error
 
     @functools.cached_property
     def database(self) -> Database:
         """The database, at this release's schema."""
         database = Database(self.settings.database)
-        database.migrate()
+        try:
+            database.migrate()
+        except OSError as error:
+            # Of the lock beside a SQLite file; MODEL_DIR was tried already.
+            raise SettingsError(
+                f"DATABASE_URL: no file can be written there: {error.strerror}"
+            ) from error
         return database
 
     @functools.cached_property
@@ -105,19 +122,12 @@ class Backend:
 
     def worker(self) -> Worker:
         """A worker on this backend's queue."""
-        leftovers = Leftovers(
-            self.database,
-            self.label_studios,
-            # Made when the first left-over job comes: most workers never load a model.
-            lambda: self.serving,
-        )
         return Worker(
             self.settings,
             self.database,
             self.jobs,
             self.tasks,
             self.in_step,
-            leftovers,
             self.audits,
             self.label_studios,
             Tidy(self.database, self.label_studios, self.audits.update),

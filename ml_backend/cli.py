@@ -5,34 +5,43 @@ Exit status: 0 done; 1 something is wrong, and was said; 2 a setting or an optio
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 from sqlalchemy import func, select
+from sqlalchemy.exc import OperationalError
 
 from ml_backend.settings import Settings, SettingsError, load_settings
 from ml_backend.store.registry import VersionMissing
 from ml_backend.store.tables import Job, Project
+
+if TYPE_CHECKING:
+    from ml_backend.learning.audits import Summary
+    from ml_backend.learning.worth import Worth
 
 app = typer.Typer(
     help="Pre-annotates Label Studio's tasks and learns from what is annotated.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-_out = Console()
-_err = Console(stderr=True)
+# What people wrote is shown as they wrote it: no emoji, and `escape` around it.
+_out = Console(emoji=False)
+_err = Console(emoji=False, stderr=True)
 
 # The newest of each kind come first.
 _rank = select(
@@ -43,7 +52,10 @@ _rank = select(
     .label("rank"),
 ).subquery()
 
-_Project = Annotated[int, typer.Option("--project", "-p", help="The project's id.")]
+_Project = Annotated[
+    str,
+    typer.Option("--project", "-p", help="The project's id, or its key where several have the id."),
+]
 _Json = Annotated[bool, typer.Option("--json", help="Answer as JSON.")]
 
 
@@ -52,8 +64,46 @@ def main() -> None:
     try:
         app()
     except SettingsError as error:
-        _err.print(f"[red]wrong setting:[/] {error}", soft_wrap=True)
+        _say_wrong("setting", error)
         sys.exit(2)
+    except Exception as error:
+        words = _outer_cause(error)
+        if words is None:
+            raise
+        logging.getLogger(__name__).debug("what happened", exc_info=True)
+        _fail(words)
+        sys.exit(1)
+
+
+def _outer_cause(error: Exception) -> str | None:
+    """What around this program went wrong, with the setting; None for a fault of its own."""
+    from ml_backend.label_studio.client import LabelStudioError
+
+    if isinstance(error, LabelStudioError):
+        return str(error)
+    # Redis is optional: where its client was not imported, nothing can come from it.
+    redis = sys.modules.get("redis.exceptions")
+    if redis is not None and isinstance(error, redis.ConnectionError | redis.TimeoutError):
+        return (
+            f"QUEUE_URL: Redis cannot be used: {_in_one_line(error)}. What was asked for is kept, "
+            "and done once it is back"
+        )
+    settings = load_settings()
+    if isinstance(error, OperationalError):
+        name = "DATABASE_URL" if settings.database_url else "MODEL_DIR"
+        return f"{name}: the database cannot be used: {_in_one_line(error.orig)}"
+    if isinstance(error, sqlite3.OperationalError):
+        name = "QUEUE_URL" if settings.queue_url else "MODEL_DIR"
+        return f"{name}: the queue cannot be used: {_in_one_line(error)}"
+    if isinstance(error, OSError):
+        folder = settings.model_dir.absolute()
+        below = error.filename and Path(str(error.filename)).absolute().is_relative_to(folder)
+        return f"{'MODEL_DIR: ' if below else ''}{_in_one_line(error)}"
+    return None
+
+
+def _in_one_line(error: object) -> str:
+    return " ".join(str(error).split())
 
 
 def _settings() -> Settings:
@@ -63,8 +113,12 @@ def _settings() -> Settings:
 
 
 def _fail(message: str) -> typer.Exit:
-    _err.print(f"[red]error:[/] {message}", soft_wrap=True, highlight=False)
+    _err.print(f"[red]error:[/] {escape(message)}", soft_wrap=True, highlight=False)
     return typer.Exit(1)
+
+
+def _say_wrong(what: str, error: Exception) -> None:
+    _err.print(f"[red]wrong {what}:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
 
 
 def _print_json(value: Any) -> None:
@@ -75,21 +129,16 @@ def _print_json(value: Any) -> None:
 def serve() -> None:
     """Serve, and work: the server and a worker together, until stopped."""
     settings = _settings()
-    from ml_backend.detection.device import DeviceError, describe_device, resolve_device
     from ml_backend.learning.supervisor import die_with_parent
 
-    try:
-        device = resolve_device(settings.device)
-    except DeviceError as error:
-        raise _fail(str(error)) from None
-    _say_what_is_missing(settings, ", ".join(map(str, describe_device(device).values())))
+    _say_what_is_missing(settings, _checked_device(settings))
     _migrate(settings)
     commands = {
         "server": [
             *(sys.executable, "-m", "gunicorn", "--config", str(_gunicorn_config())),
             "ml_backend.http.app:create_app()",
         ],
-        "worker": [sys.executable, "-m", "ml_backend.cli", "worker"],
+        "worker": [sys.executable, "-m", "ml_backend.cli", "worker", "--checked"],
     }
     stopping = False
 
@@ -108,6 +157,9 @@ def serve() -> None:
         signal.signal(signum, stop)
     while not stopping:
         time.sleep(0.5)
+        if stopping:
+            # What has ended by now was told to.
+            break
         if (code := running["server"].poll()) is not None:
             running["worker"].terminate()
             running["worker"].wait()
@@ -115,7 +167,8 @@ def serve() -> None:
         if (code := running["worker"].poll()) is not None:
             _err.print(f"the worker ended (status {code}); it is started again")
             time.sleep(1)
-            running["worker"] = start("worker")
+            if not stopping:
+                running["worker"] = start("worker")
     for process in running.values():
         with suppress(subprocess.TimeoutExpired):
             process.wait(40)
@@ -123,16 +176,24 @@ def serve() -> None:
 
 
 @app.command()
-def worker() -> None:
+def worker(
+    checked: Annotated[
+        bool, typer.Option("--checked", hidden=True, help="`serve` has checked the settings.")
+    ] = False,
+) -> None:
     """Work: take jobs from the queue, start trainings when they are due."""
     from ml_backend.backend import Backend
 
-    Backend(_settings()).worker().run()
+    settings = _settings()
+    if not checked:
+        # It imports torch, which a worker else does without.
+        _checked_device(settings)
+    Backend(settings).worker().run()
 
 
 @app.command()
 def connect(
-    project: _Project,
+    project: Annotated[int, typer.Option("--project", "-p", help="The project's id.")],
     url: Annotated[
         str | None,
         typer.Option(
@@ -162,7 +223,7 @@ def connect(
         _print_json({"project": done.project, "version": done.version, "steps": done.steps})
         return
     for step in done.steps:
-        _out.print(f"[green]✓[/] {step}")
+        _out.print(f"[green]✓[/] {escape(step)}")
     _out.print(f"Project {project} is connected. `ml-backend doctor -p {project}` checks it.")
 
 
@@ -183,12 +244,12 @@ def doctor(
         findings.append(finding)
         if not as_json:
             _out.print(
-                f"{marks[finding.status]} {finding.what}: {finding.detail}",
+                f"{marks[finding.status]} {finding.what}: {escape(finding.detail)}",
                 soft_wrap=True,
                 highlight=False,
             )
             if finding.remedy:
-                _out.print(f"  → {finding.remedy}", soft_wrap=True, highlight=False)
+                _out.print(f"  → {escape(finding.remedy)}", soft_wrap=True, highlight=False)
     if as_json:
         _print_json(
             [
@@ -219,7 +280,8 @@ def train(
     if as_json:
         _print_json(_job_as_dict(job))
     else:
-        _out.print(f"job {job.id}: {job.state}: {asked.reason if not wait else job.reason}")
+        reason = asked.reason if not wait else job.reason
+        _out.print(f"job {job.id}: {job.state}: {escape(reason)}", soft_wrap=True, highlight=False)
     if job.state in {"refused", "failed"}:
         raise typer.Exit(1)
 
@@ -249,15 +311,17 @@ def autolabel(
     if as_json:
         _print_json(_job_as_dict(job))
     else:
-        _out.print(f"job {job.id}: {job.state}: {job.reason}", soft_wrap=True, highlight=False)
+        _out.print(
+            f"job {job.id}: {job.state}: {escape(job.reason)}", soft_wrap=True, highlight=False
+        )
     if job.state in {"refused", "failed"}:
         raise typer.Exit(1)
 
 
 @app.command()
 def status(as_json: _Json = False) -> None:
-    """Show projects, live versions, and jobs with their progress and reasons."""
-    _, backend = _backend()
+    """Show projects, live versions, what the next labels are worth, and jobs with their reasons."""
+    settings, backend = _backend()
     with backend.database.reading() as session:
         projects = session.scalars(select(Project).order_by(Project.id)).all()
         jobs = {
@@ -274,6 +338,10 @@ def status(as_json: _Json = False) -> None:
         }
     cards = {p.id: {v.name: v.card for v in backend.versions.all(p.id)} for p in projects}
     audits = {p.id: backend.audits.summary(p.id) for p in projects}
+    worth = {
+        p.id: _worth(settings, list(cards[p.id].values()), audits[p.id], p.live_version)
+        for p in projects
+    }
     if as_json:
         _print_json(
             [
@@ -284,6 +352,7 @@ def status(as_json: _Json = False) -> None:
                     "heard_at": p.heard_at,
                     "metrics": cards[p.id].get(p.live_version or "", {}).get("metrics"),
                     "audits": summary.as_dict() if (summary := audits[p.id]) else None,
+                    "worth": dataclasses.asdict(worth[p.id]),
                     "jobs": [_job_as_dict(job) for job in jobs[p.id]],
                 }
                 for p in projects
@@ -296,15 +365,17 @@ def status(as_json: _Json = False) -> None:
     for p in projects:
         card = cards[p.id].get(p.live_version or "")
         quality = f", {_quality(card)}" if card else ""
-        _out.print(f"[bold]{p.title or 'project'}[/] ({p.key})", highlight=False)
-        _out.print(f"  live: {p.live_version or 'untrained'}{quality}", highlight=False)
+        _out.print(f"[bold]{escape(p.title or 'project')}[/] ({p.key})", highlight=False)
+        _out.print(f"  live: {escape(p.version)}{quality}", highlight=False)
         if summary := audits[p.id]:
             for line in summary.in_words():
-                _out.print(f"  {line}", highlight=False, soft_wrap=True)
+                _out.print(f"  {escape(line)}", highlight=False, soft_wrap=True)
+        if cards[p.id]:
+            _out.print(f"  {escape(worth[p.id].words)}", highlight=False, soft_wrap=True)
         for job in jobs[p.id]:
             percent = f" {job.progress:.0%}" if job.state == "running" else ""
             _out.print(
-                f"  {job.kind} {job.id}: [bold]{job.state}[/]{percent}: {job.reason}",
+                f"  {job.kind} {job.id}: [bold]{job.state}[/]{percent}: {escape(job.reason)}",
                 highlight=False,
                 soft_wrap=True,
             )
@@ -325,13 +396,16 @@ def versions(project: _Project, as_json: _Json = False) -> None:
         return
     table = Table("version", "state", "tasks", "AP50", "reason")
     for v in rows:
-        table.add_row(v.name, v.state, str(v.card["data"]["tasks"]), _quality(v.card), v.reason)
+        cells = (v.name, v.state, str(v.card["data"]["tasks"]), _quality(v.card), v.reason)
+        table.add_row(*map(escape, cells))
     _out.print(table)
 
 
 @app.command()
 def promote(
-    project: _Project, version: Annotated[str, typer.Argument(help="The version.")]
+    project: _Project,
+    version: Annotated[str, typer.Argument(help="The version.")],
+    as_json: _Json = False,
 ) -> None:
     """Make a version live."""
     _, backend = _backend()
@@ -341,7 +415,10 @@ def promote(
     except VersionMissing as error:
         raise _fail(str(error)) from None
     backend.tasks.put("in step", row.id)
-    _out.print(f"{version} is live")
+    if as_json:
+        _print_json({"project": row.key, "live_version": version})
+        return
+    _out.print(f"{escape(version)} is live")
 
 
 @app.command()
@@ -350,6 +427,7 @@ def rollback(
     to: Annotated[
         str | None, typer.Option(help="The version to go back to; the previous one by default.")
     ] = None,
+    as_json: _Json = False,
 ) -> None:
     """Go back to an earlier version at once; what was live is not promoted again by itself."""
     _, backend = _backend()
@@ -359,7 +437,10 @@ def rollback(
     except VersionMissing as error:
         raise _fail(str(error)) from None
     backend.tasks.put("in step", row.id)
-    _out.print(f"{version} is live again")
+    if as_json:
+        _print_json({"project": row.key, "live_version": version})
+        return
+    _out.print(f"{escape(version)} is live again")
 
 
 @app.command()
@@ -398,7 +479,7 @@ def simulate(
             stop_after=stop_after,
         )
     except ValueError as error:
-        _err.print(f"[red]wrong option:[/] {error}", soft_wrap=True)
+        _say_wrong("option", error)
         raise typer.Exit(2) from None
     try:
         data = read_dataset(dataset)
@@ -406,7 +487,7 @@ def simulate(
             bar = progress.add_task("", total=1.0)
 
             def tell(fraction: float, words: str) -> None:
-                progress.update(bar, completed=fraction, description=words)
+                progress.update(bar, completed=fraction, description=escape(words))
 
             campaigns = run(plan, settings, data, tell)
     except DatasetError as error:
@@ -421,9 +502,9 @@ def simulate(
         _print_json(as_dict(plan, data, campaigns))
         return
     for reason, count in data.left_out.items():
-        _err.print(f"left out: {count} × {reason}", soft_wrap=True, highlight=False)
+        _err.print(f"left out: {count} × {escape(reason)}", soft_wrap=True, highlight=False)
     _out.print(summary_table(plan, campaigns))
-    _out.print(f"The curves are in {picture}.")
+    _out.print(f"The curves are in {escape(str(picture))}.")
 
 
 def _backend() -> tuple[Settings, Any]:
@@ -433,16 +514,17 @@ def _backend() -> tuple[Settings, Any]:
     return settings, Backend(settings)
 
 
-def _find(backend: Any, number: int) -> Project:
-    with backend.database.reading() as session:
-        found = session.scalars(select(Project).where(Project.label_studio_id == number)).all()
-    default = [p for p in found if p.is_default] or list(found)
-    if not default:
-        raise _fail(
-            f"project {number} is not known: `ml-backend connect --project {number}` connects it"
-        )
-    chosen: Project = default[-1]
-    return chosen
+def _find(backend: Any, name: str) -> Project:
+    from ml_backend.label_studio.events import InvalidEvent
+    from ml_backend.learning.projects import ProjectNotFound, find_project
+
+    try:
+        return find_project(backend.database, name)
+    except ProjectNotFound as error:
+        raise _fail(str(error)) from None
+    except InvalidEvent as error:
+        _say_wrong("option", error)
+        raise typer.Exit(2) from None
 
 
 def _wait(backend: Any, job_id: int) -> Job:
@@ -450,7 +532,7 @@ def _wait(backend: Any, job_id: int) -> Job:
         bar = progress.add_task("waiting", total=1.0)
         while True:
             job: Job = backend.jobs.get(job_id)
-            progress.update(bar, completed=job.progress, description=job.reason[:70])
+            progress.update(bar, completed=job.progress, description=escape(job.reason[:70]))
             if job.state in {"done", "failed", "refused"}:
                 return job
             time.sleep(1)
@@ -468,6 +550,21 @@ def _job_as_dict(job: Job) -> dict[str, Any]:
     }
 
 
+def _worth(
+    settings: Settings, cards: list[dict[str, Any]], audits: Summary | None, live: str | None
+) -> Worth:
+    """What a project's next labels are worth; cards of its versions, newest first."""
+    from ml_backend.learning.worth import Version, more_images, worth_of
+
+    versions = [v for card in reversed(cards) if (v := Version.of(card)) is not None]
+    made_of_live = audits.versions.get(live) if audits is not None and live is not None else None
+    return worth_of(
+        versions,
+        more=more_images(versions, every=settings.train_every, growth=settings.train_growth),
+        untouched=made_of_live.boxes.accepted_share if made_of_live is not None else None,
+    )
+
+
 def _quality(card: dict[str, Any]) -> str:
     metrics = card["metrics"]
     interval = metrics["map50_interval"]
@@ -481,6 +578,21 @@ def _gunicorn_config() -> Path:
     raise _fail("gunicorn.conf.py is missing from the installation: install the package again")
 
 
+def _checked_device(settings: Settings) -> str:
+    """The device in words; what would fail with the first training fails now."""
+    from ml_backend.detection.device import DeviceError, describe_device, resolve_device
+    from ml_backend.detection.zoo import check
+
+    try:
+        device = resolve_device(settings.device)
+        check(settings.preset, settings.weights, device)
+    except DeviceError as error:
+        raise _fail(str(error)) from None
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    return ", ".join(map(str, describe_device(device).values()))
+
+
 def _migrate(settings: Settings) -> None:
     from ml_backend.backend import Backend
 
@@ -490,7 +602,7 @@ def _migrate(settings: Settings) -> None:
 
 
 def _say_what_is_missing(settings: Settings, device: str) -> None:
-    _err.print(f"ML backend on {settings.own_url}, {device}", highlight=False)
+    _err.print(f"ML backend on {escape(settings.own_url)}, {escape(device)}", highlight=False)
     if settings.label_studio_url is None or settings.label_studio_api_key is None:
         _err.print(
             "[yellow]LABEL_STUDIO_URL or LABEL_STUDIO_API_KEY is not set:[/] uploaded images "

@@ -14,6 +14,8 @@ from typing import Any, Literal
 from dotenv import dotenv_values
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError
 
 DEFAULT_FILE = Path("config/default.env")
 """Read from the working directory where it exists, unless `ML_BACKEND_CONFIG` names another."""
@@ -46,7 +48,7 @@ class Settings(BaseSettings):
     host: str = _named("HOST", "127.0.0.1")
     port: int = _named("PORT", 9090, ge=1, le=65535)
     workers: int = _named("WORKERS", 1, ge=1)
-    threads: int = _named("THREADS", 16, ge=2)
+    threads: int = _named("THREADS", 64, ge=2)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = _named("LOG_LEVEL", "INFO")
     basic_auth_user: str | None = _named("BASIC_AUTH_USER", None)
     basic_auth_pass: SecretStr | None = _named("BASIC_AUTH_PASS", None)
@@ -135,9 +137,13 @@ class Settings(BaseSettings):
         if value is None:
             return None
         if value.startswith(("postgres://", "postgresql://")):
-            return "postgresql+psycopg://" + value.split("://", 1)[1]
+            value = "postgresql+psycopg://" + value.split("://", 1)[1]
         if not value.startswith(("sqlite:///", "postgresql+psycopg://")):
             raise ValueError("must begin with sqlite:/// or postgresql://")
+        try:
+            make_url(value)
+        except (ArgumentError, ValueError):
+            raise ValueError("must be like postgresql://user:password@host:5432/name") from None
         return value
 
     @field_validator("queue_url")
@@ -152,15 +158,24 @@ class Settings(BaseSettings):
         if (self.basic_auth_user is None) != (self.basic_auth_pass is None):
             missing = "BASIC_AUTH_PASS" if self.basic_auth_pass is None else "BASIC_AUTH_USER"
             raise ValueError(f"{missing} is missing: basic authentication needs a user and a pass")
-        for name, text in zip(
-            ("BASIC_AUTH_USER", "BASIC_AUTH_PASS"), self.basic_auth or ("", ""), strict=True
-        ):
+        user, password = self.basic_auth or ("", "")
+        secret = self.webhook_secret.get_secret_value() if self.webhook_secret else ""
+        for name, text in {
+            "BASIC_AUTH_USER": user,
+            "BASIC_AUTH_PASS": password,
+            "ML_BACKEND_WEBHOOK_SECRET": secret,
+        }.items():
             try:
                 text.encode("latin-1")
             except UnicodeEncodeError:
                 raise ValueError(
                     f"{name} has letters that Label Studio cannot send: use those of Latin-1"
                 ) from None
+        if secret != secret.strip() or "\n" in secret or "\r" in secret:
+            raise ValueError(
+                "ML_BACKEND_WEBHOOK_SECRET begins or ends with a space, or has several lines: no "
+                "header can carry that"
+            )
         return self
 
     @property
@@ -180,6 +195,11 @@ class Settings(BaseSettings):
         """Its own address, as this machine reaches it."""
         host = "127.0.0.1" if self.host in {"0.0.0.0", "::"} else self.host  # noqa: S104
         return f"http://{host}:{self.port}"
+
+    @property
+    def predicts_at_a_time(self) -> int:
+        """Requests to predict that a process works on; the other threads are for the others."""
+        return max(self.threads // 2, self.threads - 8)
 
     @property
     def training_threads(self) -> int:

@@ -763,13 +763,15 @@ def test_what_stands_in_for_a_broken_version_is_loaded_once(served: Served) -> N
     weights = served.learn("v2") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     served.predict([_task(1)])
-    standing_in = served.backend.models.get(served.project())
+    with served.backend.models.using(served.project()) as standing_in:
+        pass
     # Once the other project's promotion is followed, this one's was looked at as well.
     served.learn("w1", key=other)
     assert served.predict([_task(1)], key=other)[0]["model_version"] == "w1"
     served.learn("w2", key=other)
     wait_for(lambda: served.version(key=other) == "w2", within=30, what="w2 serves")
-    assert served.backend.models.get(served.project()) is standing_in
+    with served.backend.models.using(served.project()) as still:
+        assert still is standing_in
 
 
 def test_with_every_version_broken_lists_are_empty(served: Served) -> None:

@@ -34,6 +34,10 @@ def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
         ({"QUEUE_URL": "amqp://x"}, ["QUEUE_URL", "redis://"]),
         ({"BASIC_AUTH_USER": "me"}, ["BASIC_AUTH_PASS"]),
         ({"BASIC_AUTH_USER": "me", "BASIC_AUTH_PASS": "пароль"}, ["BASIC_AUTH_PASS", "Latin-1"]),
+        ({"ML_BACKEND_WEBHOOK_SECRET": "сезам"}, ["ML_BACKEND_WEBHOOK_SECRET", "Latin-1"]),
+        ({"ML_BACKEND_WEBHOOK_SECRET": "open\nsesame"}, ["ML_BACKEND_WEBHOOK_SECRET", "header"]),
+        ({"ML_BACKEND_WEBHOOK_SECRET": " sesame"}, ["ML_BACKEND_WEBHOOK_SECRET", "header"]),
+        ({"DATABASE_URL": "postgresql://me@host:port/x"}, ["DATABASE_URL", "host:5432"]),
         ({"ML_BACKEND_CONFIG": "/no/such/file"}, ["ML_BACKEND_CONFIG"]),
     ],
 )
@@ -77,3 +81,9 @@ def test_the_start_stops_with_one_line() -> None:
     assert ended.returncode == 2
     assert "ML_BACKEND_NO_SUCH" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_predictions_leave_threads_for_the_rest() -> None:
+    at_a_time = {n: load_settings({"THREADS": str(n)}).predicts_at_a_time for n in (2, 9, 16, 64)}
+    assert at_a_time == {2: 1, 9: 4, 16: 8, 64: 56}
+    assert load_settings({}).predicts_at_a_time >= 32

@@ -73,6 +73,10 @@ class BatchingPredictor:
         self._closed = True
         self._asked.put(None)
 
+    def wait(self) -> None:
+        """Waits until what was closed has ended: its thread holds the detector no more."""
+        self._thread.join()
+
     def _run(self) -> None:
         while True:
             batch, ends = self._gather()

@@ -44,6 +44,7 @@ def create_app(backend: Backend | None = None) -> Flask:
     app = Flask("ml_backend")
     app.config["MAX_CONTENT_LENGTH"] = backend.settings.max_request_bytes
     app.extensions["ml_backend"] = backend
+    app.extensions["predicting"] = threading.BoundedSemaphore(backend.settings.predicts_at_a_time)
     app.before_request(require_authentication)
     app.before_request(_start_clock)
     app.after_request(_stop_clock)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from typing import Any, TypeVar, cast
 
 from flask import current_app, request
 from pydantic import BaseModel, ValidationError
-from sqlalchemy import select
 
 from ml_backend.backend import Backend
 from ml_backend.http.errors import BadRequest
-from ml_backend.label_studio.events import parse_project_key
+from ml_backend.learning import projects
 from ml_backend.store.tables import Project
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -22,6 +22,11 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 def backend() -> Backend:
     """The backend that this application serves."""
     return cast(Backend, current_app.extensions["ml_backend"])
+
+
+def predicting() -> threading.BoundedSemaphore:
+    """Held by each request to predict that is worked on."""
+    return cast(threading.BoundedSemaphore, current_app.extensions["predicting"])
 
 
 def read_json() -> dict[str, Any]:
@@ -60,22 +65,7 @@ def find_project(name: str) -> Project:
     """A known project by its key, or by its id where that is clear.
 
     Raises:
-        BadRequest: there is none, or several.
+        InvalidEvent: it is neither a key nor an id.
+        ProjectNotFound: there is none, or several.
     """
-    with backend().database.reading() as session:
-        exact = session.scalar(select(Project).where(Project.key == name))
-        if exact is not None:
-            return exact
-        number = parse_project_key(name).id
-        found = session.scalars(select(Project).where(Project.label_studio_id == number)).all()
-    if len(found) == 1:
-        return found[0]
-    if not found:
-        raise BadRequest(
-            f"project {name} is not known here: connect it with `ml-backend connect --project "
-            f"{number}`"
-        )
-    raise BadRequest(
-        f"several projects have the id {number}: say which, one of "
-        + ", ".join(project.key for project in found)
-    )
+    return projects.find_project(backend().database, name)

@@ -13,6 +13,7 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from ml_backend.label_studio.events import InvalidEvent
 from ml_backend.label_studio.label_config import LabelConfigError
+from ml_backend.learning.projects import ProjectNotFound
 from ml_backend.store.registry import VersionMissing
 
 _log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def register(app: Flask) -> None:
     def bad_request(error: Exception) -> Response:
         return error_response(400, str(error))
 
-    for kind in (BadRequest, LabelConfigError, InvalidEvent):
+    for kind in (BadRequest, LabelConfigError, InvalidEvent, ProjectNotFound):
         app.register_error_handler(kind, bad_request)
 
     @app.errorhandler(RecursionError)

@@ -9,10 +9,11 @@ from typing import Any
 from flask import Blueprint
 from pydantic import BaseModel, Field, StrictInt
 
-from ml_backend.http.current import backend, find_project, read_body
+from ml_backend.http.current import backend, find_project, predicting, read_body
 from ml_backend.label_studio.events import parse_project_key
 from ml_backend.label_studio.label_config import parse_label_config
 from ml_backend.learning.metrics import LEFT_OVER
+from ml_backend.learning.serving import Predicted
 
 blueprint = Blueprint("predict", __name__)
 _log = logging.getLogger(__name__)
@@ -35,7 +36,11 @@ class Predict(BaseModel):
 
 @blueprint.post("/predict")
 def predict() -> dict[str, Any]:
-    """Answers one entry for each task, in order; an empty list for a task without an answer."""
+    """Answers one entry for each task, in order; an empty list for a task without an answer.
+
+    Where too many others are worked on, it answers at once, and the tasks are finished afterwards
+    like those past the deadline.
+    """
     deadline = time.monotonic() + backend().settings.predict_deadline
     body = read_body(Predict)
     if not body.tasks:
@@ -47,7 +52,17 @@ def predict() -> dict[str, Any]:
         project = find_project(body.project or "")
     config = parse_label_config(body.label_config or project.label_config)
     tasks = [task.model_dump() for task in body.tasks]
-    predicted = backend().serving.predict(project, config, tasks, deadline=deadline)
+    # Without waiting: whoever waits takes a thread from health, setup and webhooks.
+    if predicting().acquire(blocking=False):
+        try:
+            predicted = backend().serving.predict(project, config, tasks, deadline=deadline)
+        finally:
+            predicting().release()
+        why = f"were not done within {backend().settings.predict_deadline:g} s"
+    else:
+        version = backend().models.version(project)
+        predicted = Predicted([None] * len(tasks), [*range(len(tasks))], version)
+        why = f"came while {backend().settings.predicts_at_a_time} requests were worked on"
     # Without an id there is no task to import a prediction for.
     left = [tasks[i] for i in predicted.unfinished if tasks[i]["id"] is not None]
     if left:
@@ -55,11 +70,11 @@ def predict() -> dict[str, Any]:
         backend().tasks.put("predict", job)
         LEFT_OVER.inc(len(left))
         _log.warning(
-            "project %s: %d of %d tasks were not done within %g s; job %d finishes them",
+            "project %s: %d of %d tasks %s; job %d finishes them",
             project.key,
             len(left),
             len(tasks),
-            backend().settings.predict_deadline,
+            why,
             job,
         )
     return {

@@ -5,13 +5,16 @@ from __future__ import annotations
 import base64
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
+
+from sqlalchemy import select
 
 from ml_backend.label_studio.client import LabelStudioClient
 from ml_backend.label_studio.label_config import parse_label_config
 from ml_backend.learning.ingest import Ingest
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
-from ml_backend.store.tables import Project
+from ml_backend.store.tables import PRETRAINED, UNTRAINED, ModelVersion, Project
 
 SECRET_HEADER = "X-ML-Backend-Secret"  # noqa: S105
 """Header in which Label Studio's webhooks carry `ML_BACKEND_WEBHOOK_SECRET`."""
@@ -59,6 +62,55 @@ def connection_fields(settings: Settings, project: int, url: str, title: str) ->
             "basic_auth_pass": password,
         }
     return fields
+
+
+def own_connections(
+    client: LabelStudioClient, project: Project, settings: Settings, database: Database
+) -> list[dict[str, Any]]:
+    """Those of a project's connections that lead here; those of others are never touched.
+
+    One that was added by hand in Label Studio's page is known by what its address answers: each
+    time connections are listed, Label Studio asks their `/setup` and shows the answer as
+    `model_version`. What answers otherwise is not ours, whatever its title and address: every
+    backend's port is 9090, and Label Studio's localhost may be another machine. Only where nothing
+    was ever answered, title or address must do.
+    """
+    found = client.ml_backends(project.label_studio_id)
+    if project.connection_url is not None:
+        return [c for c in found if c["url"].rstrip("/") == project.connection_url]
+    with database.reading() as session:
+        names = {UNTRAINED, PRETRAINED} | set(
+            session.scalars(select(ModelVersion.name).where(ModelVersion.project_id == project.id))
+        )
+    own = _host_and_port(settings.own_url)
+
+    def leads_here(connection: dict[str, Any]) -> bool:
+        if answered := connection.get("model_version"):
+            return answered in names
+        return connection.get("title") in names or _host_and_port(connection["url"]) == own
+
+    return [c for c in found if leads_here(c)]
+
+
+def has_credentials(connection: dict[str, Any], settings: Settings) -> bool:
+    """Whether a connection that nobody here made carries the user of our basic authentication.
+
+    Without, it gets no password from us: another server may claim to answer as we do, whereas one
+    that leads here could not have been saved without the credentials.
+    """
+    if settings.basic_auth is None:
+        return True
+    return bool(connection.get("basic_auth_user") == settings.basic_auth[0])
+
+
+def _host_and_port(url: str) -> tuple[str | None, int | None] | None:
+    try:
+        parts = urlsplit(url)
+        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    except ValueError:
+        return None
+    host = parts.hostname
+    return "localhost" if host in {"127.0.0.1", "::1"} else host, port
 
 
 def connect(

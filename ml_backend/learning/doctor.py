@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import requests
 
 from ml_backend.detection.decoding import UndecodableImage, decode_image
 from ml_backend.detection.detector import Detector
 from ml_backend.detection.device import DeviceError, describe_device, resolve_device
-from ml_backend.detection.zoo import preset_named
+from ml_backend.detection.zoo import coco_labels, preset_named
 from ml_backend.label_studio.client import GUARD, Forbidden, LabelStudioClient, LabelStudioError
 from ml_backend.label_studio.events import ProjectInfo
-from ml_backend.label_studio.images import ImageUnavailable, route_of
-from ml_backend.label_studio.label_config import LabelConfigError, parse_label_config
-from ml_backend.learning.connect import connection_fields, webhook_headers
+from ml_backend.label_studio.images import ImageUnavailable
+from ml_backend.label_studio.label_config import (
+    LabelConfig,
+    LabelConfigError,
+    match_labels,
+    parse_label_config,
+)
+from ml_backend.learning.connect import (
+    connection_fields,
+    has_credentials,
+    own_connections,
+    webhook_headers,
+)
 from ml_backend.learning.label_studios import LabelStudios
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
@@ -170,26 +180,60 @@ class Doctor:
         yield Finding("label config", "ok", "labels: " + ", ".join(config.labels))
         with self._database.reading() as session:
             project = session.query(Project).filter_by(key=info.key).one_or_none()
-        if project is None or project.connection_url is None:
-            yield Finding(
-                "connection",
-                "error",
-                "the project is not connected",
-                f"ml-backend connect --project {number}",
-            )
+        if project is None or project.live_version is None:
+            yield from self._known_labels(config)
+        again = f"ml-backend connect --project {number}"
+        ours = (
+            own_connections(client, project, self._settings, self._database)
+            if project is not None
+            else []
+        )
+        url = project.connection_url if project is not None else None
+        if url is None and ours:
+            # Added by hand in Label Studio's page; `connect` repairs it where it is.
+            url = ours[0]["url"].rstrip("/")
+            again += f" --url {url}"
+        if project is None or url is None:
+            yield Finding("connection", "error", "the project is not connected", again)
             return
-        yield self._connection(client, info, project)
-        yield from self._webhook(client, info, project)
+        yield self._connection(client, info, project, ours, url, again)
+        yield from self._webhook(client, info, project, url, again)
         yield self._image(client, project, tuple(config.controls_by_image()))
 
+    def _known_labels(self, config: LabelConfig) -> Iterator[Finding]:
+        """What COCO's weights, which serve until the first training, know of the labels."""
+        try:
+            device = resolve_device(self._settings.device)
+            known = coco_labels(preset_named(self._settings.preset, device))
+        except (DeviceError, ValueError):
+            # Said already, of the device or of the weights.
+            return
+        if known is None or self._settings.weights == "none":
+            return
+        match = match_labels(config, known)
+        words = match.in_words("COCO's weights")
+        if match.mistaken:
+            yield Finding("known labels", "warning", words, "change predicted_values in the config")
+        else:
+            yield Finding("known labels", "ok", words)
+
     def _connection(
-        self, client: LabelStudioClient, info: ProjectInfo, project: Project
+        self,
+        client: LabelStudioClient,
+        info: ProjectInfo,
+        project: Project,
+        ours: Sequence[dict[str, Any]],
+        url: str,
+        again: str,
     ) -> Finding:
-        again = f"ml-backend connect --project {info.id}"
-        ours = [b for b in client.ml_backends(info.id) if b["url"] == project.connection_url]
         if not ours:
+            return Finding("connection", "error", f"{url} is not connected", again)
+        if project.connection_url is None and not has_credentials(ours[0], self._settings):
             return Finding(
-                "connection", "error", f"{project.connection_url} is not connected", again
+                "connection",
+                "error",
+                f"{url} was added by hand, and lacks the credentials (BASIC_AUTH_USER and _PASS)",
+                again,
             )
         version = project.version
         try:
@@ -218,10 +262,14 @@ class Doctor:
         )
 
     def _webhook(
-        self, client: LabelStudioClient, info: ProjectInfo, project: Project
+        self,
+        client: LabelStudioClient,
+        info: ProjectInfo,
+        project: Project,
+        url: str,
+        again: str,
     ) -> Iterator[Finding]:
-        again = f"ml-backend connect --project {info.id}"
-        address = f"{project.connection_url}/webhook"
+        address = f"{url}/webhook"
         ours = [w for w in client.webhooks(info.id) if w["url"] == address]
         if not ours:
             yield Finding("webhook", "error", f"there is none to {address}", again)
@@ -269,9 +317,10 @@ class Doctor:
                 f"task {task['id']} has no image under {data_keys[0]!r}",
                 'the label config\'s value="$..." must name a field of the tasks',
             )
-        route = route_of(value)
+        images = self._label_studios.images(project)
+        route = images.route_of(value)
         try:
-            content = self._label_studios.images(project).fetch(task["id"], value)
+            content = images.fetch(task["id"], value)
             image = decode_image(content, max_pixels=self._settings.image_max_pixels)
         except (ImageUnavailable, UndecodableImage) as error:
             return Finding("image", "error", f"task {task['id']}, {route}: {error}")

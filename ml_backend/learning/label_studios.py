@@ -36,7 +36,7 @@ class LabelStudios:
         self._cache = cache
         self._lock = threading.Lock()
         self._clients: dict[tuple[str, str], LabelStudioClient] = {}
-        self._sources: dict[tuple[str | None, str | None], ImageSource] = {}
+        self._sources: dict[tuple[str | None, str | None, str | None], ImageSource] = {}
 
     def default(self) -> LabelStudioClient | None:
         """Client of the settings' Label Studio; None where address or token is not set."""
@@ -57,7 +57,7 @@ class LabelStudios:
         """Reads the images of a project's tasks."""
         client = self.client(project)
         url = client.url if client else self._settings.label_studio_url or project.url
-        key = (url, client.token if client else None)
+        key = (url, client.token if client else None, project.url)
         with self._lock:
             if key not in self._sources:
                 self._sources[key] = ImageSource(
@@ -66,6 +66,7 @@ class LabelStudios:
                     self._cache,
                     max_bytes=self._settings.image_max_bytes,
                     timeout=self._settings.image_timeout,
+                    other_urls=[project.url] if project.url else [],
                 )
             return self._sources[key]
 

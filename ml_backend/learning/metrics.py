@@ -6,7 +6,7 @@ from prometheus_client import Counter, Histogram
 
 PREDICTED = Counter("ml_backend_predicted_tasks_total", "Tasks answered with a prediction")
 LEFT_OVER = Counter(
-    "ml_backend_left_over_tasks_total", "Tasks not done by a request's deadline, finished later"
+    "ml_backend_left_over_tasks_total", "Tasks that a request left over, finished later"
 )
 IMAGE_FAILURES = Counter(
     "ml_backend_image_failures_total", "Images that could not be had", ["reason"]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import psutil
 import torch
@@ -30,12 +32,11 @@ _log = logging.getLogger(__name__)
 SCARCE = 0.1
 """Share of memory below which the model used longest ago is let go."""
 _WATCH = 1.0
-_LINGER = 300.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class LoadedModel:
-    """A detector that is ready to predict.
+    """A detector that is ready to predict; it counts its users, of which its maker is the first.
 
     Attributes:
         version: what its predictions carry.
@@ -53,6 +54,40 @@ class LoadedModel:
     predictor: BatchingPredictor
     strategy: Strategy
     generic: bool = False
+    _users: int = 1
+    _let_go: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def hold(self) -> None:
+        """Keeps it open until `release`; for who uses it, or finds it among the loaded ones."""
+        with self._lock:
+            self._users += 1
+
+    def release(self) -> None:
+        """One user less."""
+        with self._lock:
+            self._users -= 1
+            last = self._let_go and not self._users
+        if last:
+            self.predictor.close()
+
+    def let_go(self, *, if_idle: bool = False) -> bool:
+        """Closes it, once the last user is done.
+
+        Args:
+            if_idle: only where nobody uses it.
+
+        Returns:
+            Whether it was let go.
+        """
+        with self._lock:
+            if if_idle and self._users:
+                return False
+            self._let_go = True
+            idle = not self._users
+        if idle:
+            self.predictor.close()
+        return True
 
 
 class Models:
@@ -106,24 +141,39 @@ class Models:
                 return PRETRAINED
         return project.version
 
-    def get(self, project: Project) -> LoadedModel | None:
-        """The model that predicts for a project; loads it where that was not done.
+    @contextmanager
+    def using(self, project: Project) -> Iterator[LoadedModel | None]:
+        """The model that predicts for a project, kept open meanwhile; loaded where it is not.
 
         None where the project has no version and no COCO detector can be had: nothing is
         predicted until the first training.
         """
+        model = self._held(project)
+        try:
+            yield model
+        finally:
+            if model is not None:
+                model.release()
+
+    def _held(self, project: Project) -> LoadedModel | None:
         with self._lock:
             loaded = self._loaded.get(project.id)
             if loaded is not None:
                 self._loaded.move_to_end(project.id)
+            elif project.live_version is None:
+                loaded = self._generic
+            if loaded is not None:
+                loaded.hold()
                 return loaded
             if project.live_version is None:
-                return self._generic
+                return None
             loading = self._loading.setdefault(project.id, threading.Lock())
         with loading:
             with self._lock:
-                if project.id in self._loaded:
-                    return self._loaded[project.id]
+                loaded = self._loaded.get(project.id)
+                if loaded is not None:
+                    loaded.hold()
+                    return loaded
             return self._load(project)
 
     def watch(self) -> None:
@@ -141,7 +191,7 @@ class Models:
         self._stopping.set()
         with self._lock:
             for loaded in self._loaded.values():
-                loaded.predictor.close()
+                loaded.let_go()
             self._loaded.clear()
 
     def _follow(self) -> None:
@@ -156,9 +206,12 @@ class Models:
             # A broken one is not tried again: what stands in for it would be loaded anew each time.
             if live in (None, known[project.id]) or (project.id, live) in self._broken:
                 continue
-            self._load(project)
+            loaded = self._load(project)
+            if loaded is not None:
+                loaded.release()
 
     def _load(self, project: Project) -> LoadedModel | None:
+        """Loads what predicts for a project, held for the caller."""
         for version, why in self._candidates(project):
             if (project.id, version) in self._broken:
                 continue
@@ -188,8 +241,8 @@ class Models:
                 old = self._loaded.pop(project.id, None)
                 self._loaded[project.id] = loaded
             if old is not None:
-                # Requests under way finish on it; by then they are long answered.
-                _close_later(old)
+                # Requests under way finish on it.
+                old.let_go()
             _log.info(
                 "project %s: %s%s loaded in %.2f s",
                 project.key,
@@ -213,14 +266,18 @@ class Models:
         return live + [(name, " (instead of the broken live version)") for name in earlier]
 
     def _make_room(self, keep: int) -> None:
-        while _memory_left(self.device) < SCARCE:
+        """Lets go, one by one, of what was used longest ago; what is in use would free nothing."""
+        while _is_scarce(self.device):
             with self._lock:
-                oldest = next((number for number in self._loaded if number != keep), None)
-                if oldest is None:
+                for number, model in self._loaded.items():
+                    if number != keep and model.let_go(if_idle=True):
+                        del self._loaded[number]
+                        break
+                else:
                     return
-                victim = self._loaded.pop(oldest)
-            _close_later(victim)
-            _log.info("%s was let go: memory is scarce", victim.version)
+            _log.info("%s was let go: memory is scarce", model.version)
+            model.predictor.wait()
+            del model
 
     def _load_generic(self) -> None:
         """COCO's detector serves projects without a version, where its weights can be had."""
@@ -253,10 +310,14 @@ class Models:
         )
 
 
-def _close_later(model: LoadedModel) -> None:
-    timer = threading.Timer(_LINGER, model.predictor.close)
-    timer.daemon = True
-    timer.start()
+def _is_scarce(device: torch.device) -> bool:
+    """Whether memory is scarce even when what nobody uses has been given back."""
+    if _memory_left(device) >= SCARCE:
+        return False
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return _memory_left(device) < SCARCE
 
 
 def _memory_left(device: torch.device) -> float:

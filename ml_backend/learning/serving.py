@@ -65,6 +65,7 @@ class Serving:
         self._models = models
         self._label_studios = label_studios
         self._pool = ThreadPoolExecutor(POOL, thread_name_prefix="predict")
+        self._told: dict[int, LabelConfig] = {}
 
     def predict(
         self,
@@ -82,10 +83,25 @@ class Serving:
             tasks: as Label Studio sends them: `id` and `data`.
             deadline: `time.monotonic()` by which the answer must be there.
         """
+        with self._models.using(project) as model:
+            if model is None:
+                return Predicted([None] * len(tasks), [], self._models.version(project))
+            return self._predict(model, project, config, tasks, deadline)
+
+    def _predict(
+        self,
+        model: LoadedModel,
+        project: Project,
+        config: LabelConfig,
+        tasks: Sequence[dict[str, Any]],
+        deadline: float,
+    ) -> Predicted:
         results: list[TaskPrediction | None] = [None] * len(tasks)
-        model = self._models.get(project)
-        if model is None:
-            return Predicted(results, [], self._models.version(project))
+        if model.generic and self._told.get(project.id) != config:
+            # Once for each label config, not for each task that is opened.
+            self._told[project.id] = config
+            words = match_labels(config, model.labels).in_words("COCO's weights")
+            _log.info("project %s, before its first training: %s", project.key, words)
         images = self._label_studios.images(project)
         found: list[_Found | None] = [None] * len(tasks)
         running: dict[Future[_Found | None], int] = {}
@@ -99,6 +115,9 @@ class Serving:
                     exhausted = True
                     break
                 job = self._pool.submit(self._one, model, images, config, tasks[index])
+                # It may go on beyond the deadline.
+                model.hold()
+                job.add_done_callback(lambda _: model.release())
                 running[job] = index
             left = deadline - time.monotonic()
             if left <= 0:

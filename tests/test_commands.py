@@ -1,0 +1,325 @@
+"""`ml-backend`: what people wrote is shown as they wrote it, and what is wrong in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ml_backend import cli
+from ml_backend.backend import Backend
+from ml_backend.demo.label_studio_server import free_port
+from ml_backend.demo.project import LABEL_CONFIG
+from ml_backend.detection.detector import Detector
+from ml_backend.detection.zoo import preset_named
+from ml_backend.learning.promotion import Verdict
+from ml_backend.learning.supervisor import die_with_parent
+from ml_backend.settings import load_settings
+from ml_backend.store.tables import Job, Project
+from tests.conftest import capture, make_live
+
+KEY, OTHER = "1.1795463889", "1.1577836800"
+LABELS = ("Circle", "Square", "Triangle")
+HOSTILE = "Cats [/done] [bold]all[/] [red :cat: \\"
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a command ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the console script on a `MODEL_DIR` of its own."""
+
+    def command(*arguments: str, **settings: str) -> Ended:
+        values = {
+            "MODEL_DIR": str(tmp_path / "state"),
+            "ML_BACKEND_DEVICE": "cpu",
+            "ML_BACKEND_WEIGHTS": "none",
+            "COLUMNS": "400",
+            **settings,
+        }
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["ml-backend", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr()
+        return Ended(int(ended.value.code or 0), said.out, said.err)
+
+    return command
+
+
+@pytest.fixture
+def backend(tmp_path: Path) -> Backend:
+    """What the commands find."""
+    return Backend(load_settings({"MODEL_DIR": str(tmp_path / "state")}))
+
+
+def _learn(backend: Backend, name: str, key: str = KEY) -> None:
+    cpu = torch.device("cpu")
+    detector = Detector.pretrained(preset_named("tiny", cpu), LABELS, "none", cpu)
+    make_live(backend, detector, name, key=key, label_config=LABEL_CONFIG)
+
+
+def _live(backend: Backend) -> dict[str, str | None]:
+    with backend.database.reading() as session:
+        return {p.key: p.live_version for p in session.query(Project)}
+
+
+# What people wrote
+
+
+def test_what_people_wrote_is_shown_as_they_wrote_it(run: Run, backend: Backend) -> None:
+    _learn(backend, "v1")
+    project = backend.ingest.introduce(KEY, 1, label_config=LABEL_CONFIG)
+    card: dict[str, Any] = {
+        "data": {"tasks": 5, "boxes": {}},
+        "metrics": {"map50": 0.5, "map50_interval": {"low": 0.4, "high": 0.6}},
+    }
+    reason = f"not promoted: {HOSTILE} falls by 0.20"
+    verdict = Verdict(promote=False, reason=reason)
+    backend.versions.record(project.id, "v2", card, verdict, parent="v1", revision=1)
+    with backend.database.session() as session:
+        session.get_one(Project, project.id).title = HOSTILE
+        session.add(
+            Job(
+                project_id=project.id,
+                kind="train",
+                state="failed",
+                trigger="button",
+                reason=HOSTILE,
+            )
+        )
+    status = run("status")
+    assert status.status == 0
+    assert f"{HOSTILE} ({KEY})" in status.out
+    assert f"train 1: failed: {HOSTILE}" in status.out
+    versions = run("versions", "-p", "1")
+    assert versions.status == 0
+    assert reason in versions.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "status", "said"),
+    [
+        (["status"], {"ML_BACKEND_PRESET": "[/foo]"}, 2, "(it is '[/foo]')"),
+        (["status"], {"ML_BACKEND_WEIGHTS": "[/foo]"}, 2, "there is no file [/foo]"),
+        (["status"], {"ML_BACKEND_CONFIG": "[bold]"}, 2, "there is no file [bold]"),
+        (
+            ["doctor"],
+            {"LABEL_STUDIO_URL": "http://127.0.0.1:1/[/foo]"},
+            1,
+            "127.0.0.1:1/[/foo] does",
+        ),
+        (["promote", "-p", "1", "[/v9]"], {}, 1, "has no version [/v9]"),
+        (["rollback", "-p", "1", "--to", "[red]v9"], {}, 1, "has no version [red]v9"),
+        (["versions", "-p", "[/foo]"], {}, 2, "project: '[/foo]'"),
+        (["simulate", "[/foo]"], {}, 1, "[/foo]"),
+        (["simulate", ".", "--strategies", "[/foo]"], {}, 2, "there is no strategy '[/foo]'"),
+    ],
+)
+def test_what_is_wrong_is_named_as_it_was_written(
+    run: Run,
+    backend: Backend,
+    arguments: list[str],
+    settings: dict[str, str],
+    status: int,
+    said: str,
+) -> None:
+    _learn(backend, "v1")
+    ended = run(*arguments, **{"LABEL_STUDIO_API_KEY": "0" * 40, **settings})
+    assert ended.status == status, ended
+    assert said in ended.out + ended.err
+
+
+# What is wrong around it
+
+
+@pytest.mark.parametrize(
+    ("settings", "status", "said"),
+    [
+        ({"MODEL_DIR": "/proc/x"}, 2, "MODEL_DIR: /proc/x"),
+        ({"MODEL_DIR": "a-file"}, 2, "MODEL_DIR: a-file"),
+        ({"MODEL_DIR": "a-file/below"}, 2, "MODEL_DIR: a-file/below"),
+        ({"MODEL_DIR": "/proc"}, 2, "MODEL_DIR: /proc"),
+        ({"DATABASE_URL": "sqlite:///a-file/db"}, 2, "DATABASE_URL: "),
+        (
+            {"DATABASE_URL": "postgresql://me:s3cret@127.0.0.1:1/db"},
+            1,
+            "DATABASE_URL: the database",
+        ),
+        ({"DATABASE_URL": "postgresql://me:s3cret@127.0.0.1:port/db"}, 2, "DATABASE_URL: "),
+    ],
+)
+@pytest.mark.parametrize("command", ["status", "worker", "serve"])
+def test_what_cannot_be_used_is_named_in_one_line(
+    run: Run, tmp_path: Path, command: str, settings: dict[str, str], status: int, said: str
+) -> None:
+    (tmp_path / "a-file").write_text("")
+    ended = run(command, **settings)
+    assert ended.status == status, ended
+    line = ended.err.splitlines()[-1]
+    assert said in line
+    assert "s3cret" not in ended.out + ended.err
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "state"
+    folder.mkdir()
+    folder.chmod(0o500)
+    # Nothing is forbidden to root, so somebody else looks.
+    program = (
+        "import os, sys\n"
+        "from ml_backend import backend, cli\n"
+        "if os.geteuid() == 0: os.seteuid(65534)\n"
+        "sys.argv = ['ml-backend', 'status']\n"
+        "cli.main()\n"
+    )
+    tmp_path.chmod(0o755)
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "MODEL_DIR": str(folder)},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert "MODEL_DIR" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_training_that_was_asked_for_without_redis_is_kept(run: Run, backend: Backend) -> None:
+    _learn(backend, "v1")
+    project = backend.ingest.introduce(KEY, 1, label_config=LABEL_CONFIG)
+    for number in (1, 2):
+        _annotate(backend, number)
+    ended = run("train", "-p", KEY, QUEUE_URL=f"redis://127.0.0.1:{free_port()}/0")
+    assert ended.status == 1, ended
+    assert "QUEUE_URL: Redis cannot be used" in ended.err
+    assert len(ended.err.splitlines()) == 1
+    with backend.database.reading() as session:
+        (job,) = session.query(Job).filter_by(project_id=project.id)
+    assert (job.kind, job.state) == ("train", "queued")
+
+
+def _annotate(backend: Backend, number: int) -> None:
+    from ml_backend.label_studio.events import Ignored, parse_event
+
+    body = capture("POST_webhook_ANNOTATION_CREATED")
+    body["annotation"] |= {"id": number, "task": number}
+    body["task"]["id"] = number
+    event = parse_event(body)
+    assert not isinstance(event, Ignored)
+    backend.ingest.apply(event, event.project)
+
+
+def test_a_fault_of_our_own_is_not_hidden(
+    run: Run, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise TypeError("a fault")
+
+    _learn(backend, "v1")
+    monkeypatch.setattr("ml_backend.learning.promotion.Versions.all", broken)
+    with pytest.raises(TypeError, match="a fault"):
+        run("versions", "-p", "1")
+
+
+@pytest.mark.parametrize("command", ["serve", "worker"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ML_BACKEND_PRESET", "no_such_module:preset"),
+        ("ML_BACKEND_PRESET", "json:loads"),
+        ("ML_BACKEND_WEIGHTS", "a-file"),
+    ],
+)
+def test_a_detector_that_could_not_be_trained_stops_the_start(
+    tmp_path: Path, command: str, name: str, value: str
+) -> None:
+    (tmp_path / "a-file").write_text("no weights")
+    # A process of its own: where the setting were taken, it would go on for ever.
+    ended = subprocess.run(
+        [sys.executable, "-m", "ml_backend.cli", command],
+        env={
+            **os.environ,
+            "MODEL_DIR": str(tmp_path / "state"),
+            "PORT": str(free_port()),
+            "ML_BACKEND_DEVICE": "cpu",
+            name: value,
+        },
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=die_with_parent,
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+    assert f"wrong setting: {name}: " in ended.stderr
+
+
+def test_gunicorn_alone_says_a_wrong_setting_in_one_line(tmp_path: Path) -> None:
+    config = Path(__file__).parents[1] / "config/gunicorn.conf.py"
+    ended = subprocess.run(
+        [sys.executable, "-m", "gunicorn", "--config", str(config), "x:y"],
+        env={**os.environ, "PORT": "99999"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.startswith("wrong setting: PORT: ")
+    assert len(ended.stderr.splitlines()) == 1
+
+
+# Which project
+
+
+def test_a_project_is_named_by_its_id_or_where_that_is_not_clear_by_its_key(
+    run: Run, backend: Backend
+) -> None:
+    for key in (KEY, OTHER):
+        for name in ("v1", "v2"):
+            _learn(backend, name, key)
+    for arguments in (
+        ("rollback",),
+        ("versions",),
+        ("train",),
+        ("autolabel",),
+        ("promote", "v1"),
+    ):
+        ended = run(*arguments, "-p", "1")
+        assert ended.status == 1, ended
+        assert KEY in ended.err
+        assert OTHER in ended.err
+    assert _live(backend) == {KEY: "v2", OTHER: "v2"}
+    answer = run("rollback", "-p", OTHER, "--json")
+    assert json.loads(answer.out) == {"project": OTHER, "live_version": "v1"}
+    assert _live(backend) == {KEY: "v2", OTHER: "v1"}
+    answer = run("promote", "-p", OTHER, "v2", "--json")
+    assert json.loads(answer.out) == {"project": OTHER, "live_version": "v2"}
+    assert _live(backend) == {KEY: "v2", OTHER: "v2"}
+    for unknown in ("1.5", "2", "2.5"):
+        ended = run("versions", "-p", unknown)
+        assert ended.status == 1
+        assert f"project {unknown} is not known" in ended.err
+    assert run("versions", "-p", "one").status == 2
