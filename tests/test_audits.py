@@ -124,7 +124,9 @@ class Site:
     def make_version(self, name: str) -> None:
         """Enters a live version."""
         verdict = Verdict(promote=True, reason="promoted")
-        self.backend.versions.record(self.row, name, CARD, verdict, parent=None, revision=0)
+        with self.backend.database.reading() as session:
+            live = session.get_one(Project, self.row).live_version
+        self.backend.versions.record(self.row, name, CARD, verdict, parent=live, revision=0)
 
     def read_back(self) -> None:
         """Stores what Label Studio holds."""

@@ -16,12 +16,20 @@ from torch import nn
 from ml_backend.demo.shapes import generate
 from ml_backend.detection.detector import CorruptDetector, Detector
 from ml_backend.detection.device import DeviceError, own_device, resolve_device
-from ml_backend.detection.zoo import PRESETS, build, fcos_shufflenet, preset_named
+from ml_backend.detection.zoo import PRESETS, build, check, fcos_shufflenet, preset_named
 
 CPU = torch.device("cpu")
 LABELS = ("car", "person", "valve")
 MINE = replace(PRESETS["tiny"], name="mine", min_size=96, max_size=160)
 """A preset that somebody declares elsewhere: found by its import path."""
+SLASHED = replace(MINE, name="my/own")
+
+
+def _unbuilt(outputs: int) -> nn.Module:
+    raise RuntimeError("no such layer\nand more")
+
+
+UNBUILT = replace(MINE, build=_unbuilt)
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +137,7 @@ def test_every_preset_learns_and_predicts(name: str) -> None:
 
 
 def test_a_preset_may_live_anywhere() -> None:
-    assert preset_named("tests.test_detector:MINE", CPU) is MINE
+    assert preset_named("tests.test_detector:MINE", CPU) == MINE
     assert preset_named("auto", CPU).name == "tiny"
     with pytest.raises(ValueError, match="auto, tiny, small, accurate, or an import path"):
         preset_named("huge", CPU)
@@ -137,6 +145,53 @@ def test_a_preset_may_live_anywhere() -> None:
         preset_named("tests.nowhere:MINE", CPU)
     with pytest.raises(ValueError, match="is not a Preset"):
         preset_named("tests.test_detector:LABELS", CPU)
+
+
+def test_a_detector_of_such_a_preset_is_found_again(tmp_path: Path) -> None:
+    preset = preset_named("tests.test_detector:MINE", CPU)
+    assert preset.name == "mine"
+    Detector.pretrained(preset, LABELS, "none", CPU).save(tmp_path)
+    loaded = Detector.load(tmp_path, CPU)
+    assert (loaded.preset.name, loaded.preset.min_size) == ("mine", 96)
+    # Saved once more, as by a training that began from it.
+    loaded.with_labels(LABELS[:1]).save(tmp_path)
+    assert Detector.load(tmp_path, CPU).preset == MINE
+
+
+def test_what_trainings_need_is_checked_before_there_is_one(tmp_path: Path) -> None:
+    for preset in ("auto", "tests.test_detector:MINE"):
+        check(preset, "auto", CPU)
+    trunk = tmp_path / "trunk.pth"
+    torch.save(fcos_shufflenet(2).backbone.body.state_dict(), trunk)  # type: ignore[union-attr]
+    check("tiny", str(trunk), CPU)
+
+
+@pytest.mark.parametrize(
+    ("preset", "says"),
+    [
+        ("foo:bar", "cannot be imported .*PYTHONPATH"),
+        ("huge", "there is no preset 'huge'"),
+        ("tests.test_detector:SLASHED", "cannot be part of a file name"),
+        ("tests.test_detector:UNBUILT", "cannot be built: no such layer"),
+    ],
+)
+def test_a_wrong_preset_is_named_by_its_setting(preset: str, says: str) -> None:
+    with pytest.raises(ValueError, match=f"^ML_BACKEND_PRESET: .*{says}[^\n]*$"):
+        check(preset, "none", CPU)
+
+
+@pytest.mark.parametrize("content", [b"garbage", b"", "tensor", "other", None])
+def test_weights_that_do_not_serve_are_named_by_their_setting(
+    tmp_path: Path, content: bytes | str | None
+) -> None:
+    file = tmp_path / "weights.pth"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        torch.save(torch.zeros(3) if content == "tensor" else {"model": {}, 7: 1}, file)
+    with pytest.raises(ValueError, match=f"^ML_BACKEND_WEIGHTS: [^\n]*{file}[^\n]*$") as raised:
+        check("tiny", str(file), CPU)
+    assert "weights_only" not in str(raised.value)
 
 
 def test_a_trunks_weights_are_taken_from_a_file(tmp_path: Path) -> None:
@@ -161,7 +216,7 @@ def test_a_file_that_does_not_fit_or_runs_code_is_refused(
 ) -> None:
     other = tmp_path / "other.pth"
     torch.save({"layer.weight": torch.zeros(3)}, other)
-    with pytest.raises(ValueError, match="none of its 1 tensors fits"):
+    with pytest.raises(ValueError, match="none of its 1 entries fits"):
         Detector.pretrained(PRESETS["tiny"], LABELS, str(other), CPU)
     code = tmp_path / "code.pth"
     code.write_bytes(pickle.dumps(_Code()))

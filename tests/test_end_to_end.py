@@ -164,6 +164,19 @@ def a_training_ends(backend: RunningBackend, *, after: int, within: float) -> di
     return job
 
 
+def the_rest_is_labelled(backend: RunningBackend, version: str) -> None:
+    """Waits until every task without an annotation has its prediction of a version."""
+
+    def labelled() -> bool:
+        (project,) = backend.json("status")
+        return any(
+            (job["kind"], job["state"], job["version"]) == ("autolabel", "done", version)
+            for job in project["jobs"]
+        )
+
+    wait_for(labelled, within=180, what=f"the rest is labelled by {version}", every=2)
+
+
 def training_processes(backend: RunningBackend) -> list[psutil.Process]:
     """The processes that train for a backend."""
     return [
@@ -220,6 +233,7 @@ def test_a_project_learns_a_label_is_added_and_a_version_is_taken_back(
     wait_for(lambda: site.connection()["title"] == version, within=20, what="the title follows")
     assert site.settings()["model_version"] == version
     assert shown_version(site, unseen[0], version)
+    the_rest_is_labelled(backend, version)
     site.retrieve(unseen)
     quality = site.quality(unseen, version)
     assert quality.map50 > 0.8, quality
@@ -242,6 +256,7 @@ def test_a_project_learns_a_label_is_added_and_a_version_is_taken_back(
     assert versions[newer]["card"]["labels"] == list(SHAPES)
     assert live(backend) == newer, versions[newer]["reason"]
     wait_for(lambda: site.connection()["title"] == newer, within=20, what="the title follows")
+    the_rest_is_labelled(backend, newer)
     site.retrieve(starred[STARRED:])
     with_star = site.quality(starred[STARRED:], newer)
     assert (with_star.per_class["Star"].ap50 or 0.0) > 0.5, with_star

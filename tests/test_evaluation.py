@@ -113,6 +113,23 @@ def test_the_worse_of_two_detectors_is_found() -> None:
     assert set(better.per_class) == set(LABELS[:3])
 
 
+def test_a_label_that_only_one_knows_does_not_make_up_for_the_others() -> None:
+    found, truth = scene(1, 60, noise=2)
+    # The live one does not know valves (2); the new one does, and lost half of the rest.
+    live = [d.where(d.labels != 2) for d in found]
+    new = [d.where((d.labels == 2) | (np.arange(len(d)) % 2 == 0)) for d in found]
+    over_all = compare(new, live, truth, LABELS, seed=0)
+    assert over_all.delta > 0
+    over_known = compare(new, live, truth, LABELS, known=LABELS[:2], seed=0)
+    assert over_known.high < 0
+    assert over_known.probability_better == 0
+    assert over_known.per_class == over_all.per_class
+    falls = [over_known.per_class[label].delta for label in LABELS[:2]]
+    assert over_known.delta == pytest.approx(sum(falls) / 2)
+    # A label without a box says nothing.
+    assert compare(new, live, truth, LABELS, known=("never",), seed=0) == over_all
+
+
 def test_agreement_counts_what_both_show() -> None:
     found, _ = scene(1, 20)
     assert agreement(found, found) == 1.0

@@ -22,6 +22,7 @@ from tests.conftest import wait_for
 CONFIG = """<View><Image name="image" value="$image"/>
 <RectangleLabels name="label" toName="image">
 <Label value="Vehicle" predicted_values="car,truck"/><Label value="Person"/><Label value="Valve"/>
+<Label value="Lorry" predicted_values="trukc"/>
 </RectangleLabels></View>"""
 PRESET = PRESETS["small"]
 KNOWN = coco_labels(PRESET) or ()
@@ -42,7 +43,9 @@ def _coco_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_coco_weights")
-def test_labels_that_coco_knows_are_pre_annotated_before_the_first_training(tmp_path: Path) -> None:
+def test_labels_that_coco_knows_are_pre_annotated_before_the_first_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     settings = {
         "MODEL_DIR": str(tmp_path),
         "ML_BACKEND_DEVICE": "cpu",
@@ -67,7 +70,16 @@ def test_labels_that_coco_knows_are_pre_annotated_before_the_first_training(tmp_
         "project": project["project"],
         "label_config": CONFIG,
     }
-    (prediction,) = client.post("/predict", json=body).get_json()["results"]
+    caplog.set_level("INFO")
+    for _ in range(2):
+        (prediction,) = client.post("/predict", json=body).get_json()["results"]
+    # What they do not know is said once, and not with every task that is opened.
+    told = [m for m in caplog.messages if "COCO's weights know" in m]
+    assert told == [
+        "project 1.1795463889, before its first training: COCO's weights know Vehicle, Person; "
+        "they do not know Valve, Lorry; predicted_values names no class of theirs: trukc; "
+        "Valve: did you mean vase?; trukc: did you mean truck?"
+    ]
     assert prediction["model_version"] == "untrained-coco"
     labels = {r["value"]["rectanglelabels"][0] for r in prediction["result"]}
     assert labels == {"Vehicle"}

@@ -91,19 +91,26 @@ class Versioned:
     def __init__(self, folder: Path) -> None:
         self.database = Database(f"sqlite:///{folder / 'test.db'}")
         self.database.migrate()
+        self.folder = folder
         self.registry = Registry(folder)
         self.versions = Versions(self.database, self.registry)
         self.id = Ingest(self.database).introduce(KEY, 1, label_config="<View/>").id
 
     def add(self, name: str, verdict: Verdict = BETTER, *, revision: int = 1) -> None:
-        """Publishes a version and records it."""
+        """Publishes a version that was compared with the live one, and records it."""
+        self.record(name, verdict, parent=self.live, revision=revision)
+
+    def record(
+        self, name: str, verdict: Verdict = BETTER, *, parent: str | None, revision: int = 1
+    ) -> Verdict:
+        """The same for a version that was compared with another one."""
 
         def write(folder: Path) -> None:
             (folder / "model.safetensors").write_bytes(name.encode())
 
         self.registry.publish(KEY, name, write, {"version": name})
-        self.versions.record(
-            self.id, name, {"version": name}, verdict, parent=self.live, revision=revision
+        return self.versions.record(
+            self.id, name, {"version": name}, verdict, parent=parent, revision=revision
         )
 
     @property
@@ -226,6 +233,40 @@ def test_after_a_rollback_the_next_better_version_goes_live(project: Versioned) 
     assert project.versions.rollback(project.id) == "v1"
 
 
+def test_a_rollback_during_a_training_holds(project: Versioned) -> None:
+    project.add("v1")
+    project.add("v2", revision=3)
+    project.versions.rollback(project.id)
+    # The training began while v2 was live, and compared with it.
+    verdict = project.record("v3", parent="v2", revision=9)
+    assert project.live == "v1"
+    assert not verdict.promote
+    assert verdict.reason == project.reason("v3")
+    assert verdict.reason.startswith(
+        "not promoted: meanwhile v1 was made live, and it was compared with v2;"
+    )
+    assert project.states() == {"v1": "live", "v2": "rolled back", "v3": "rejected"}
+    # What it saw leads to another training soon.
+    assert project.row.trained_revision == 3
+    project.versions.promote(project.id, "v3", "by hand")
+    assert project.live == "v3"
+
+
+def test_a_promotion_by_hand_during_the_first_training_holds(project: Versioned) -> None:
+    project.add("v1", WORSE)
+    project.versions.promote(project.id, "v1", "by hand")
+    assert not project.record("v2", parent=None).promote
+    assert project.live == "v1"
+
+
+def test_a_worse_version_is_worse_whatever_went_live_meanwhile(project: Versioned) -> None:
+    project.add("v1")
+    project.add("v2")
+    project.versions.rollback(project.id)
+    assert project.record("v3", WORSE, parent="v2", revision=9) == WORSE
+    assert project.row.trained_revision == 9
+
+
 def test_a_rollback_goes_by_when_versions_were_live_not_by_their_age(project: Versioned) -> None:
     for name in ("v1", "v2", "v3"):
         project.add(name)
@@ -329,11 +370,32 @@ def test_pruning_keeps_old_versions_that_an_admin_went_back_to(project: Versione
     assert project.registry.versions(KEY) == ["v1", "v3", "v4"]
 
 
+def test_a_version_that_is_being_pruned_is_not_made_live(project: Versioned) -> None:
+    for name in ("v1", "v2", "v3"):
+        project.add(name)
+    tried: list[str] = []
+
+    class Slow(Registry):
+        """Somebody promotes before the folder is gone."""
+
+        def remove(self, project_key: str, version: str) -> None:
+            with pytest.raises(VersionMissing, match=f"{version} was deleted to make room"):
+                project.versions.promote(project.id, version, "by hand")
+            with pytest.raises(VersionMissing, match=f"{version} was deleted to make room"):
+                project.versions.rollback(project.id, to=version)
+            tried.append(version)
+            super().remove(project_key, version)
+
+    assert Versions(project.database, Slow(project.folder)).prune(project.id, 1) == ["v1"]
+    assert tried == ["v1"]
+    assert project.live == "v3"
+
+
 def test_a_pruned_version_cannot_be_gone_back_to(project: Versioned) -> None:
     for name in ("v1", "v2", "v3"):
         project.add(name)
     assert project.versions.prune(project.id, 1) == ["v1"]
-    with pytest.raises(VersionMissing, match="version v1 is not in"):
+    with pytest.raises(VersionMissing, match="version v1 was deleted to make room"):
         project.versions.rollback(project.id, to="v1")
     project.versions.rollback(project.id)
     with pytest.raises(VersionMissing, match="no earlier version"):

@@ -6,9 +6,23 @@ import random
 from collections import Counter
 
 import numpy as np
+import numpy.typing as npt
+import pytest
 from PIL import Image
 
-from ml_backend.learning.split import HOLDOUT_SHARE, Item, assign, fingerprint, folds
+from ml_backend.learning.split import (
+    ALIKE,
+    ALIKE_IN_CLIP,
+    HOLDOUT_SHARE,
+    NEIGHBOURS,
+    Item,
+    assign,
+    fingerprint,
+    fold_groups,
+    folds,
+)
+
+STEMS = [f"camera {letter}" for letter in "abcdefghij"]
 
 
 def _picture(seed: int, *, noise: float = 0.0) -> Image.Image:
@@ -78,6 +92,78 @@ def test_different_pictures_are_not_taken_for_duplicates() -> None:
     items = _items(200)
     assign(items)
     assert len({item.clip for item in items}) == 200
+
+
+@pytest.mark.parametrize("blank", [0, 10, 15])
+@pytest.mark.parametrize("noise", [0.004, 0.02, 0.06])
+def test_clips_are_what_comparing_each_with_all_finds(blank: int, noise: float) -> None:
+    rng = np.random.default_rng(blank)
+    # Scenes whose frames differ in some bits; of some, rows are as blank as a sky.
+    scenes = rng.random((40, 256)) < 0.5
+    scenes[:20, : 16 * blank] = False
+    marks = scenes[rng.integers(0, 40, 600)] ^ (rng.random((600, 256)) < noise)
+    items = [
+        Item(
+            task=number,
+            name=f"{rng.choice(STEMS)}_{number}.jpg" if number % 7 else "unnumbered.jpg",
+            fingerprint=np.packbits(mark).tobytes().hex(),
+        )
+        for number, mark in enumerate(marks)
+    ]
+    for item in items[:50]:
+        item.clip = 10_000 + item.task // 2
+    expected = [item.clip for item in items]
+    for i, item in enumerate(items):
+        for j in range(i):
+            if expected[i] is not None:
+                break
+            bits = int(np.sum(marks[i] != marks[j]))
+            stems = {name.split("_")[0] for name in (item.name, items[j].name)}
+            same = len(stems) == 1 and "unnumbered.jpg" not in stems
+            if bits <= (ALIKE_IN_CLIP if same else ALIKE):
+                expected[i] = expected[j]
+        if expected[i] is None:
+            expected[i] = item.task
+    assign(items)
+    assert [item.clip for item in items] == expected
+
+
+def test_of_a_long_film_only_frames_close_together_are_taken_for_a_clip() -> None:
+    frame = np.random.default_rng(0).random(256) < 0.5
+    later = frame ^ (np.arange(256) < ALIKE_IN_CLIP)
+    cut = [np.random.default_rng(n).random(256) < 0.5 for n in range(1, NEIGHBOURS + 1)]
+
+    def clips(between: list[npt.NDArray[np.bool_]]) -> list[int | None]:
+        frames = [
+            Item(number, f"film_{number}.jpg", np.packbits(bits).tobytes().hex())
+            for number, bits in enumerate([frame, *between, later])
+        ]
+        assign(frames)
+        return [item.clip for item in frames]
+
+    assert clips(cut[1:])[-1] == 0
+    assert clips(cut)[-1] == NEIGHBOURS + 1
+
+
+def test_a_fixed_camera_is_parted_between_folds_by_task() -> None:
+    # Two images of each task, all alike.
+    tasks = {f"{n}-{side}": n for n in range(12) for side in ("left", "right")}
+    groups, parted = fold_groups(tasks, dict.fromkeys(tasks, 0))
+    assert parted
+    assert groups == tasks
+
+
+def test_folds_learn_from_a_share_however_large_a_clip_is() -> None:
+    tasks = {f"image-{n}": n for n in range(12)}
+    # All but the last look alike.
+    groups, parted = fold_groups(tasks, {key: n // 11 * 11 for key, n in tasks.items()})
+    assert parted
+    assert [len(part) for part in folds(groups, 3, seed=0)] == [4, 4, 4]
+    # Two of three may stay together.
+    clips = {key: 0 if n < 8 else n for key, n in tasks.items()}
+    groups, parted = fold_groups(tasks, clips)
+    assert (groups, parted) == (clips, False)
+    assert max(len(part) for part in folds(groups, 3, seed=0)) == 8
 
 
 def test_folds_part_no_clip_and_use_every_image_once() -> None:

@@ -134,6 +134,18 @@ def test_images_that_cannot_be_decoded_are_left_out(tmp_path: Path) -> None:
         _train([bad])
 
 
+def test_large_images_are_learned_and_measured_where_they_are_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = _samples(tmp_path, 3)
+    # Without a word from the settings these would be too large.
+    monkeypatch.setattr(decode_image, "__kwdefaults__", {"max_pixels": 100})
+    short = replace(SMALL, steps=2)
+    assert _train(samples, short, validation=samples, max_pixels=128 * 96).history
+    with pytest.raises(NothingToLearn):
+        _train(samples, short, max_pixels=128 * 96 - 1)
+
+
 def test_images_without_boxes_are_learned_from(tmp_path: Path) -> None:
     samples = _samples(tmp_path, 3)
     empty = [replace(s, boxes=s.boxes[:0], labels=s.labels[:0]) for s in samples]

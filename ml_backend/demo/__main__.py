@@ -16,8 +16,10 @@ from typing import Annotated, Any
 import requests
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from ml_backend.demo.label_studio_server import (
+    DidNotStart,
     LabelStudioServer,
     Login,
     free_port,
@@ -31,7 +33,7 @@ IMAGES = 150
 ANNOTATED = 30
 """Annotated from the start, so that a first training begins by itself."""
 
-_out = Console()
+_out = Console(emoji=False)
 
 
 def main(
@@ -41,7 +43,9 @@ def main(
 ) -> None:
     """Start Label Studio and the backend together; a second start goes on where it was left."""
     if not label_studio.is_file():
-        _out.print(f"[red]there is no program {label_studio}:[/] `make demo` installs it")
+        _out.print(
+            f"[red]there is no program {escape(str(label_studio))}:[/] `make demo` installs it"
+        )
         raise typer.Exit(1)
     state = _state(data / "demo.json")
     stop = threading.Event()
@@ -82,7 +86,8 @@ def main(
                 f"{ANNOTATED} of {IMAGES} images are annotated, so a first training begins in a "
                 "few seconds and takes some\nminutes; from then on every task that you open has "
                 "boxes. How it is doing:\n"
-                f"  {_environment(settings)} {Path(sys.executable).parent}/ml-backend status\n"
+                f"  {escape(_environment(settings))} "
+                f"{escape(str(Path(sys.executable).parent))}/ml-backend status\n"
                 "Ctrl+C ends both.",
                 highlight=False,
                 soft_wrap=True,
@@ -144,6 +149,6 @@ def _environment(settings: dict[str, str]) -> str:
 if __name__ == "__main__":
     try:
         typer.run(main)
-    except (requests.RequestException, subprocess.CalledProcessError) as error:
-        _out.print(f"[red]the demo did not come up:[/] {error}")
+    except (DidNotStart, requests.RequestException, subprocess.CalledProcessError) as error:
+        _out.print(f"[red]the demo did not come up:[/] {escape(str(error))}")
         sys.exit(1)

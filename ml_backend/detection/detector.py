@@ -162,7 +162,7 @@ class Detector:
         state = {k: v.detach().cpu().contiguous() for k, v in self.module.state_dict().items()}
         save_file(state, folder / _WEIGHTS)
         card = {
-            "preset": self.preset.name,
+            "preset": self.preset.reference,
             "labels": list(self.labels),
             "weights": dataclasses.asdict(self.weights),
             "thresholds": self.thresholds,

@@ -7,7 +7,7 @@ library offers. The tests hold it against faster-coco-eval.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,14 +88,17 @@ class ClassChange:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Detector A minus detector B, in mean AP50 over the same images.
+    """Detector A minus detector B, in AP50 over the same images.
+
+    The mean is over the labels that B knows, where it knows any of those that there are: labels
+    that A alone knows do not make up for what A lost.
 
     Attributes:
-        delta: on the images as they are.
+        delta: of the means, on the images as they are.
         low: lower end of the 90 % interval over resampled images.
         high: upper end.
         probability_better: share of the resamples in which A is better.
-        per_class: changes by label.
+        per_class: changes by label, of all labels.
     """
 
     delta: float
@@ -159,26 +162,40 @@ def compare(
     samples: Sequence[Sample],
     labels: Sequence[str],
     *,
+    known: Collection[str] = (),
     seed: int,
     rounds: int = 300,
 ) -> Comparison:
-    """Compares two detectors on the same images: both see the same resamples."""
+    """Compares two detectors on the same images: both see the same resamples.
+
+    Args:
+        a: what one found.
+        b: what the other found, which it is compared with.
+        samples: what is there.
+        labels: label names.
+        known: labels that B knows; all where not given.
+        seed: of the resamples.
+        rounds: number of them.
+    """
     first = _Matched(a, samples, len(labels))
     second = _Matched(b, samples, len(labels))
     everything = np.arange(len(samples))
     ap_a = first.average_precision(everything, (0.5,))[0]
     ap_b = second.average_precision(everything, (0.5,))[0]
+    support = first.boxes.sum(axis=0)
+    counts = np.array([label in known for label in labels], bool) & (support > 0)
+    if not counts.any():
+        counts[:] = True
     random = np.random.default_rng(seed)
     deltas = []
     for _ in range(rounds):
         chosen = _resample(random, len(samples))
         deltas.append(
-            _mean(first.average_precision(chosen, (0.5,))[0])
-            - _mean(second.average_precision(chosen, (0.5,))[0])
+            _mean(first.average_precision(chosen, (0.5,))[0][counts])
+            - _mean(second.average_precision(chosen, (0.5,))[0][counts])
         )
-    support = first.boxes.sum(axis=0)
     return Comparison(
-        delta=_mean(ap_a) - _mean(ap_b),
+        delta=_mean(ap_a[counts]) - _mean(ap_b[counts]),
         low=float(np.quantile(deltas, 0.05)),
         high=float(np.quantile(deltas, 0.95)),
         probability_better=float(np.mean(np.array(deltas) > 0)),

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from torchvision.transforms.v2 import functional as F  # noqa: N812
 
 from ml_backend.detection.augment import Augmentation, Example
-from ml_backend.detection.decoding import UndecodableImage, decode_image
+from ml_backend.detection.decoding import MAX_PIXELS, UndecodableImage, decode_image
 from ml_backend.detection.detector import Detector
 from ml_backend.detection.evaluation import evaluate
 from ml_backend.detection.replicas import Replicas, threads_inside
@@ -111,6 +111,7 @@ def train(
     effort: float = 1.0,
     budget_seconds: float,
     threads: int | None = None,
+    max_pixels: int = MAX_PIXELS,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> TrainingResult:
     """Trains a detector.
@@ -125,13 +126,15 @@ def train(
         samples: to learn from.
         validation: where given, the weights that do best on them are kept, and the training ends
             early when they no longer improve.
-        start: a detector to start from, shrunk and perturbed (Ash and Adams, 2020), instead of
+        start: a detector of the preset to start from, shrunk and perturbed (Ash and Adams, 2020),
+            instead of
         weights: the preset's: `auto`, `none` or a file.
         device: where to train.
         seed: of everything random.
         effort: share of the steps that it would take otherwise.
         budget_seconds: wall-clock seconds that it may take.
         threads: CPU threads, all where not given.
+        max_pixels: samples whose images are larger are left out.
         on_progress: called after every step; may raise to stop.
 
     Raises:
@@ -147,7 +150,8 @@ def train(
         detector = _shrink_and_perturb(start.with_labels(labels))
     threads = threads or torch.get_num_threads()
     deadline = began + budget_seconds
-    run = _Run(detector, samples, validation, seed, effort, deadline, threads, on_progress)
+    images = _Images(samples, preset.max_size, max_pixels)
+    run = _Run(detector, images, validation, seed, effort, deadline, threads, on_progress)
     try:
         with threads_inside(run.threads_inside):
             return _go(run, began)
@@ -174,7 +178,7 @@ class _Run:
     def __init__(
         self,
         detector: Detector,
-        samples: Sequence[Sample],
+        images: _Images,
         validation: Sequence[Sample],
         seed: int,
         effort: float,
@@ -189,7 +193,7 @@ class _Run:
         self._effort = effort
         self._deadline = deadline
         self._tell = on_progress
-        self._images = _Images(samples, preset.max_size)
+        self._images = images
         self._pretrained = detector.weights.kind != "none"
         self._loader = _Loader(self._images, preset, seed, detector.device, strong=self._pretrained)
         self._module = detector.module.train()
@@ -303,7 +307,9 @@ class _Run:
         with threads_inside(self._threads):
             for start in range(0, len(self._validation), size):
                 part = self._validation[start : start + size]
-                found += judge.predict([decode_image(s.image) for s in part])
+                found += judge.predict(
+                    [decode_image(s.image, max_pixels=self._images.max_pixels) for s in part]
+                )
         quality = evaluate(found, self._validation, self.detector.labels).map50
         self._history.append((round(fraction, 3), quality))
         if self._best is None or quality > self._best[0]:
@@ -327,7 +333,8 @@ class _Run:
 class _Images:
     """Decoded samples, shrunk to what a step can use; those that fit stay in memory."""
 
-    def __init__(self, samples: Sequence[Sample], max_size: int) -> None:
+    def __init__(self, samples: Sequence[Sample], max_size: int, max_pixels: int) -> None:
+        self.max_pixels = max_pixels
         self._size = 2 * max_size
         self._kept: dict[int, Example] = {}
         self._bytes = 0
@@ -359,7 +366,7 @@ class _Images:
         return float(np.median(sizes[:, 0])), float(np.median(sizes[:, 1]))
 
     def _decode(self, sample: Sample) -> Example:
-        image = decode_image(sample.image)
+        image = decode_image(sample.image, max_pixels=self.max_pixels)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         boxes = torch.from_numpy(sample.boxes.astype(np.float32))
         labels = torch.from_numpy(sample.labels)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Literal
@@ -43,6 +44,8 @@ _log = logging.getLogger(__name__)
 
 State = Mapping[str, Tensor]
 
+_NAME = re.compile(r"[\w.:+-]{1,64}")
+
 
 @dataclass(frozen=True, slots=True)
 class Preset:
@@ -62,6 +65,7 @@ class Preset:
         backbone: torchvision's weights of the trunk, and
         coco: of the whole detector, where there are any.
         trunk: prefix of the trunk's names in the module's state.
+        source: import path that it was found by; `preset_named` fills it in.
     """
 
     name: str
@@ -76,6 +80,12 @@ class Preset:
     backbone: WeightsEnum | None = None
     coco: WeightsEnum | None = None
     trunk: str = "backbone.body."
+    source: str = field(default="", compare=False)
+
+    @property
+    def reference(self) -> str:
+        """What `preset_named` finds it by again."""
+        return self.source or self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,11 +206,45 @@ def preset_named(name: str, device: torch.device) -> Preset:
         )
     try:
         preset = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"the preset {name!r} cannot be imported: {error}") from error
+    except Exception as error:
+        # Whatever somebody's module raises.
+        raise ValueError(
+            f"the preset {name!r} cannot be imported ({_first_line(error)}): install its package, "
+            "or put its folder into PYTHONPATH"
+        ) from error
     if not isinstance(preset, Preset):
         raise ValueError(f"{name!r} is not a Preset (ml_backend.detection.zoo.Preset)")
-    return preset
+    return replace(preset, source=name)
+
+
+def check(preset: str, weights: str, device: torch.device) -> None:
+    """Makes sure that trainings can begin as set: builds the preset, and fits a file of weights.
+
+    Args:
+        preset: `ML_BACKEND_PRESET`.
+        weights: `ML_BACKEND_WEIGHTS`; nothing is downloaded.
+        device: where trainings run; it decides what `auto` is, all is built on the CPU.
+
+    Raises:
+        ValueError: they cannot; one line that names the setting.
+    """
+    try:
+        chosen = preset_named(preset, device)
+        if not _NAME.fullmatch(chosen.name):
+            raise ValueError(f"the name {chosen.name!r} of {preset} cannot be part of a file name")
+    except ValueError as error:
+        raise ValueError(f"ML_BACKEND_PRESET: {error}") from error
+    try:
+        module = build(chosen, 2)
+    except Exception as error:
+        raise ValueError(
+            f"ML_BACKEND_PRESET: {preset} cannot be built: {_first_line(error)}"
+        ) from error
+    if weights not in {"auto", "none"}:
+        try:
+            load_weights(module, chosen, weights, 2)
+        except ValueError as error:
+            raise ValueError(f"ML_BACKEND_WEIGHTS: {error}") from error
 
 
 def build(preset: Preset, outputs: int) -> nn.Module:
@@ -320,15 +364,22 @@ def _load_from_file(module: nn.Module, preset: Preset, file: Path) -> LoadedWeig
         else:
             # Never a pickle that runs code: weights only.
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, SafetensorError, ValueError, EOFError, UnpicklingError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{file} cannot be read as weights: {first}") from error
+    except UnpicklingError as error:
+        # PyTorch's own words advise to let the file run code.
+        raise ValueError(
+            f"{file} cannot be read as weights: it must be safetensors, or a state that PyTorch "
+            "saved and that runs no code"
+        ) from error
+    except (OSError, RuntimeError, SafetensorError, ValueError, EOFError) as error:
+        raise ValueError(f"{file} cannot be read as weights: {_first_line(error)}") from error
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{file} cannot be read as weights: it holds a {type(state).__name__}")
     filled = max(
         (_fill(module, state, prefix, try_only=True), prefix) for prefix in ("", preset.trunk)
     )
     if filled[0] == 0:
         raise ValueError(
-            f"{file}: none of its {len(state)} tensors fits the preset {preset.name}: set "
+            f"{file}: none of its {len(state)} entries fits the preset {preset.name}: set "
             "ML_BACKEND_WEIGHTS to weights of its trunk or of the whole detector"
         )
     _fill(module, state, filled[1])
@@ -341,8 +392,14 @@ def _fill(module: nn.Module, state: State, prefix: str, *, try_only: bool = Fals
     fitting = {
         prefix + name: tensor
         for name, tensor in state.items()
-        if prefix + name in own and own[prefix + name].shape == tensor.shape
+        if f"{prefix}{name}" in own
+        and isinstance(tensor, Tensor)
+        and own[prefix + name].shape == tensor.shape
     }
     if not try_only:
         module.load_state_dict(fitting, strict=False)
     return len(fitting)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

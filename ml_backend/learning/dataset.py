@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
+from urllib.parse import quote
 
 import numpy as np
 from sqlalchemy import select, update
@@ -182,7 +183,8 @@ def _fetch(
     if not isinstance(value, str):
         raise ImageUnavailable(f"the task's data has no image under {data_key!r}")
     content = images.fetch(task.label_studio_id, value)
-    path = folder / f"{task.label_studio_id}-{data_key}"
+    # A key may have slashes.
+    path = folder / quote(f"{task.label_studio_id}-{data_key}", safe="")
     path.write_bytes(content)
     image = decode_image(content, max_pixels=max_pixels)
     mark = task.fingerprint or fingerprint(image)

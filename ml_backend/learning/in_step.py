@@ -8,10 +8,9 @@ So the title follows the live version, and Label Studio moves `model_version` al
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 from ml_backend.label_studio.client import LabelStudioError
-from ml_backend.learning.connect import connection_fields
+from ml_backend.learning.connect import connection_fields, has_credentials, own_connections
 from ml_backend.learning.label_studios import LabelStudios
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
@@ -44,8 +43,16 @@ class InStep:
             return True
         version = project.version
         try:
-            for backend in _ours(client.ml_backends(project.label_studio_id), project):
+            for backend in own_connections(client, project, self._settings, self._database):
                 if backend["title"] == version:
+                    continue
+                if project.connection_url is None and not has_credentials(backend, self._settings):
+                    _log.warning(
+                        "project %s: the connection to %s keeps its title, because it lacks the "
+                        "user of the basic authentication: `ml-backend connect` puts it right",
+                        project.key,
+                        backend["url"],
+                    )
                     continue
                 fields = connection_fields(
                     self._settings, project.label_studio_id, backend["url"], version
@@ -56,13 +63,3 @@ class InStep:
             _log.warning("project %s is not in step yet: %s", project.key, error)
             return False
         return True
-
-
-def _ours(connections: list[dict[str, Any]], project: Project) -> list[dict[str, Any]]:
-    """Ours among a project's connections; none where it was made by hand and is not the only one.
-
-    Those of others are never touched.
-    """
-    if project.connection_url is not None:
-        return [c for c in connections if c["url"].rstrip("/") == project.connection_url]
-    return connections if len(connections) == 1 else []

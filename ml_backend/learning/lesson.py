@@ -31,7 +31,7 @@ from ml_backend.learning.acquisition import Reference, label_weights, uncertaint
 from ml_backend.learning.dataset import Dataset
 from ml_backend.learning.honest import predict_samples, relabel
 from ml_backend.learning.promotion import Verdict, judge
-from ml_backend.learning.split import SMALL, folds
+from ml_backend.learning.split import SMALL, fold_groups, folds
 from ml_backend.settings import Settings
 
 FOLDS = 3
@@ -73,7 +73,7 @@ class Lesson:
         measured: the samples that measure.
         predictions: what was found in them by detectors that had not learned them; calibrated.
         out_of_fold: the same by sample key, where folds decided; empty otherwise.
-        how: what measured, in words.
+        how: what measured, in words, and what must be known about it.
         evaluation: quality on them.
         interval: of its mean AP50.
         comparison: with the live version, on the same samples; None where nothing is live.
@@ -146,12 +146,13 @@ class Teacher:
             live: the version that it must not be worse than.
         """
         labels = dataset.labels
-        warm = live is not None and len(dataset.samples) >= WARM_START_FROM
-        start = live.detector.with_labels(labels) if live is not None and warm else None
-        if len(dataset.samples) < SMALL or not dataset.holdout:
-            measured = self._by_folds(dataset, start)
-        else:
+        start = None
+        if _holdout_serves(dataset):
+            start = self._start(dataset, live)
             measured = self._by_holdout(dataset, start)
+        else:
+            # Folds begin anew: the live version may have learned what they measure on.
+            measured = self._by_folds(dataset)
 
         self._progress(0.93, "measuring")
         detector = measured.result.detector
@@ -166,7 +167,15 @@ class Teacher:
         comparison = agrees = None
         if live is not None:
             theirs = self._of_live(live, measured.samples, labels)
-            comparison = compare(predictions, theirs, measured.samples, labels, seed=0)
+            comparison = compare(
+                predictions,
+                theirs,
+                measured.samples,
+                labels,
+                # It has a threshold for each label that it has learned.
+                known=live.detector.thresholds,
+                seed=0,
+            )
             agrees = agreement(
                 [_shown(p, labels, detector.thresholds) for p in predictions],
                 [_shown(p, labels, live.detector.thresholds) for p in theirs],
@@ -186,8 +195,20 @@ class Teacher:
             agreement=agrees,
             verdict=judge(evaluation, comparison, live.name if live is not None else None),
             reference=self._reference(dataset, detector, predictions, evaluation),
-            warm=warm,
+            warm=start is not None,
         )
+
+    def _start(self, dataset: Dataset, live: Live | None) -> Detector | None:
+        """The live version, where a training may start from it."""
+        if (
+            live is None
+            or len(dataset.samples) < WARM_START_FROM
+            or live.detector.preset != self._preset
+            # It was measured by folds then, and has learned what measures now.
+            or not dataset.holdout.isdisjoint(live.honest)
+        ):
+            return None
+        return live.detector.with_labels(dataset.labels)
 
     def _by_holdout(self, dataset: Dataset, start: Detector | None) -> _Measured:
         learned = [s for s in dataset.samples if s.key not in dataset.holdout]
@@ -204,10 +225,11 @@ class Teacher:
         words = f"hold-out of {len(held)} images"
         return _Measured(result, held, [found[s.key] for s in held], False, words)
 
-    def _by_folds(self, dataset: Dataset, start: Detector | None) -> _Measured:
+    def _by_folds(self, dataset: Dataset) -> _Measured:
         """Each fold's detector judges the images it has not seen; the version learns from all."""
         by_key = {s.key: s for s in dataset.samples}
-        parts = folds(dataset.clip_of, min(FOLDS, len(set(dataset.clip_of.values()))), seed=0)
+        groups, parted = fold_groups(dataset.task_of, dataset.clip_of)
+        parts = folds(groups, min(FOLDS, len(set(groups.values()))), seed=0)
         budget = self._settings.train_budget
         found: dict[str, Detections] = {}
         for number, part in enumerate(parts):
@@ -215,7 +237,7 @@ class Teacher:
             fold = self._train(
                 dataset.labels,
                 [s for s in dataset.samples if s.key not in part],
-                start,
+                None,
                 validation=(),
                 budget=budget * FOLDS_SHARE / len(parts),
                 span=(begin, begin + 0.4 / len(parts)),
@@ -227,13 +249,18 @@ class Teacher:
         result = self._train(
             dataset.labels,
             list(dataset.samples),
-            start,
+            None,
             validation=(),
             budget=budget * (1 - FOLDS_SHARE),
             span=(0.5, 0.9),
         )
         measured = tuple(s for s in dataset.samples if s.key in found)
         words = f"{len(parts)} folds over {len(measured)} images"
+        if parted:
+            words += (
+                "; most of them look alike, and were learned from as well as measured on: the "
+                "figures are optimistic"
+            )
         return _Measured(result, measured, [found[s.key] for s in measured], True, words)
 
     def _train(
@@ -266,6 +293,7 @@ class Teacher:
             seed=seed,
             budget_seconds=budget,
             threads=self._settings.training_threads,
+            max_pixels=self._settings.image_max_pixels,
             on_progress=tell,
         )
 
@@ -298,6 +326,12 @@ class Teacher:
             doubts=np.sort([uncertainty(p, weights) for p in predictions]),
             embeddings=np.stack(rows) if rows else np.zeros((0, 1), np.float32),
         )
+
+
+def _holdout_serves(dataset: Dataset) -> bool:
+    """Whether it is large enough to measure, and leaves enough to learn from."""
+    images = len(dataset.samples)
+    return images >= SMALL and 0 < len(dataset.holdout) <= images / 2
 
 
 def threshold_of(labels: Sequence[str], thresholds: Mapping[str, float]) -> npt.NDArray[np.float64]:

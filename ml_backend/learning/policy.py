@@ -82,7 +82,7 @@ def decide(
             f"the first training ({situation.annotated} of {minimum})",
         )
     before = max(0, situation.annotated - situation.changes)
-    needed = max(every, math.ceil(growth * before))
+    needed = changes_needed(before, every=every, growth=growth)
     if situation.trained_before and situation.changes < needed:
         missing = needed - situation.changes
         return Decision(
@@ -106,6 +106,17 @@ def decide(
         "start",
         f"{situation.changes} new or changed annotations, {_tasks(situation.annotated)}",
     )
+
+
+def changes_needed(before: int, *, every: int, growth: float) -> int:
+    """New or changed annotations that start the next training.
+
+    Args:
+        before: annotated tasks that the newest training saw.
+        every: so many, or
+        growth: this share of them, where that is more.
+    """
+    return max(every, math.ceil(growth * before))
 
 
 def _tasks(count: int) -> str:

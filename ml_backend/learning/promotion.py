@@ -46,7 +46,8 @@ def judge(
 
     Args:
         evaluation: the new version on today's hold-out (or out of fold).
-        comparison: new minus live, paired over the same images; None where nothing is live.
+        comparison: new minus live, paired over the same images, in the mean over the labels that
+            the live one knows; None where nothing is live.
         live: name of the live version.
     """
     score = evaluation.map50
@@ -87,9 +88,36 @@ class Versions:
         *,
         parent: str | None,
         revision: int,
-    ) -> None:
-        """Enters a new version and, if the verdict says so, makes it live: one transaction."""
+    ) -> Verdict:
+        """Enters a new version and, if the verdict says so, makes it live: one transaction.
+
+        It is not made live where another version is by now than the one that it was compared with:
+        a rollback or a promotion during a training holds. What it saw then counts as changed
+        still, so that the next training follows soon.
+
+        Args:
+            project_id: the project.
+            name: of the new version.
+            card: its card.
+            verdict: whether it should go live, and why.
+            parent: the version that it was compared with, or None.
+            revision: revision of the project that it saw.
+
+        Returns:
+            The verdict that holds.
+        """
         with self._database.session() as session:
+            project = session.get_one(Project, project_id, with_for_update=True)
+            overtaken = verdict.promote and project.live_version != parent
+            if overtaken:
+                verdict = Verdict(
+                    False,
+                    f"not promoted: meanwhile {project.live_version} was made live, and it was "
+                    f"compared with {parent or 'none'}; the next training compares anew, or "
+                    f"`ml-backend promote` puts it live",
+                )
+            else:
+                project.trained_revision = max(project.trained_revision, revision)
             session.add(
                 ModelVersion(
                     project_id=project_id,
@@ -101,10 +129,9 @@ class Versions:
                 )
             )
             session.flush()
-            project = session.get_one(Project, project_id, with_for_update=True)
-            project.trained_revision = max(project.trained_revision, revision)
             if verdict.promote:
                 _make_live(session, project, name, verdict.reason)
+            return verdict
 
     def promote(self, project_id: int, name: str, reason: str) -> None:
         """Makes a version live because somebody asked for it.
@@ -192,6 +219,12 @@ class Versions:
         if known is None:
             raise VersionMissing(
                 f"project {project.key} has no version {name}: `ml-backend versions` lists them"
+            )
+        if known.state == "pruned":
+            # Its folder may be there for a moment longer.
+            raise VersionMissing(
+                f"version {name} was deleted to make room (ML_BACKEND_KEEP_VERSIONS): "
+                "`ml-backend versions` lists what there is"
             )
         self._registry.existing(project.key, name)
 

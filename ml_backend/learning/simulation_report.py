@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from ml_backend.detection.device import resolve_device
@@ -88,7 +89,7 @@ def summary_table(plan: Plan, campaigns: Sequence[Campaign]) -> Table:
     for one in campaigns:
         curve = " ".join(f"{r.images}: {r.map50_of_rest:.2f}" for r in one.rounds)
         table.add_row(
-            *(one.name, str(one.seed), str(len(one.rounds)), _hours(one.machine), curve),
+            *(escape(one.name), str(one.seed), str(len(one.rounds)), _hours(one.machine), curve),
             *(
                 text
                 for p in plan.prices

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from bisect import bisect_left, insort
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 Side = Literal["train", "holdout"]
@@ -29,6 +31,17 @@ ALIKE = 10
 """Bits of 256 in which the hashes of near-duplicates differ at most."""
 ALIKE_IN_CLIP = 32
 """The same, for images whose names differ in nothing but a number."""
+NEIGHBOURS = 100
+"""Images before, and after, in the order of those numbers, with which one is so compared at most:
+frames of a clip lie close together, and all of a long film would be too many."""
+DOMINANT = 2 / 3
+"""Share of the images above which a clip is parted between folds: too little would be left to learn
+from while it measures."""
+_ROWS = 16
+_MANY = 0.02
+"""Share of the images from which it is quicker to compare with all at once than one by one."""
+_BLOCK = 8192
+_NUMBER = re.compile(r"\d+(?=\.\w+$|$)")
 
 
 @dataclass(slots=True)
@@ -101,53 +114,140 @@ def assign(items: Sequence[Item]) -> None:
             item.side = side
 
 
-def folds(keys: Mapping[str, int], count: int, seed: int) -> list[frozenset[str]]:
-    """Deals keys into `count` folds of about the same size, never parting a clip.
+def fold_groups(tasks: Mapping[str, int], clips: Mapping[str, int]) -> tuple[dict[str, int], bool]:
+    """What folds must not part: clips, but for one that holds nearly everything, and then tasks.
 
     Args:
-        keys: clip by key.
+        tasks: task by key.
+        clips: clip by key.
+
+    Returns:
+        Group by key, and whether a clip was parted: what is measured then resembles what was
+        learned.
+    """
+    sizes = Counter(clips.values())
+    # A clip is named after a task of its own, so that the names of its tasks are nobody else's.
+    parted = {clip for clip, size in sizes.items() if size > DOMINANT * len(clips)}
+    return {k: tasks[k] if clip in parted else clip for k, clip in clips.items()}, bool(parted)
+
+
+def folds(keys: Mapping[str, int], count: int, seed: int) -> list[frozenset[str]]:
+    """Deals keys into `count` folds of about the same size, never parting a group.
+
+    Args:
+        keys: group by key.
         count: number of folds, at least 2.
         seed: another seed deals otherwise.
     """
-    clips: dict[int, list[str]] = defaultdict(list)
-    for key, clip in keys.items():
-        clips[clip].append(key)
+    groups: dict[int, list[str]] = defaultdict(list)
+    for key, group in keys.items():
+        groups[group].append(key)
     result: list[set[str]] = [set() for _ in range(count)]
-    order = sorted(clips, key=lambda clip: (-len(clips[clip]), _shuffled(clip, seed)))
-    for clip in order:
-        min(result, key=len).update(clips[clip])
+    order = sorted(groups, key=lambda group: (-len(groups[group]), _shuffled(group, seed)))
+    for group in order:
+        min(result, key=len).update(groups[group])
     return [frozenset(fold) for fold in result if fold]
 
 
 def _find_clips(items: Sequence[Item]) -> None:
-    hashes = np.array(
-        [np.frombuffer(bytes.fromhex(item.fingerprint), np.uint8) for item in items], np.uint8
-    ).reshape(len(items), -1)
-    stems = [_stem(item.name) for item in items]
-    index = {item.task: position for position, item in enumerate(items)}
-    known = [i for i, item in enumerate(items) if item.clip is not None]
-    for i, item in enumerate(items):
+    """Gives each new item the clip of the first one that it resembles, in order.
+
+    Each is compared with what shares a row of its hash, instead of with all.
+    """
+    if all(item.clip is not None for item in items):
+        return
+    known = _Known(len(items))
+    # Oldest first, so that the answer does not depend on what came later.
+    for item in items:
         if item.clip is not None:
-            continue
-        # Oldest first, so that the answer does not depend on what came later.
-        distance = np.bitwise_count(hashes[known] ^ hashes[i]).sum(axis=1) if known else []
-        for j, bits in zip(known, distance, strict=True):
-            limit = ALIKE_IN_CLIP if stems[i] is not None and stems[i] == stems[j] else ALIKE
-            if bits <= limit:
-                item.clip = items[j].clip
-                break
+            known.add(item)
+    for item in items:
+        if item.clip is None:
+            like = known.first_like(item)
+            item.clip = item.task if like is None else like.clip
+            known.add(item)
+
+
+class _Known:
+    """Items whose clips are known, in order, and where to look for those that resemble another."""
+
+    def __init__(self, most: int) -> None:
+        self._items: list[Item] = []
+        self._hashes: list[int] = []
+        self._words = np.zeros((4, most), np.uint64)
+        self._rows: list[dict[int, list[int]]] = [{} for _ in range(_ROWS)]
+        self._stems: dict[str, list[tuple[int, int]]] = {}
+
+    def add(self, item: Item) -> None:
+        """Adds one at the end."""
+        place = len(self._items)
+        self._items.append(item)
+        self._hashes.append(int(item.fingerprint, 16))
+        self._words[:, place] = _words(item)
+        for places, row in zip(self._rows, _rows(item), strict=True):
+            places.setdefault(row, []).append(place)
+        numbered = _numbered(item.name)
+        if numbered is not None:
+            stem, number = numbered
+            insort(self._stems.setdefault(stem, []), (number, place))
+
+    def first_like(self, item: Item) -> Item | None:
+        """The first that it resembles."""
+        mark = int(item.fingerprint, 16)
+        first = len(self._items)
+        # Hashes that differ in no more than ALIKE bits share the other rows: all but so many may be
+        # passed over, and those are the ones that most share, a plain sky for example.
+        shared = [places.get(row, []) for places, row in zip(self._rows, _rows(item), strict=True)]
+        likely = sorted(shared, key=len)[: ALIKE + 1]
+        if sum(map(len, likely)) > len(self._items) * _MANY:
+            first = self._first_of_all(item)
         else:
-            item.clip = item.task
-        known.append(index[item.task])
+            for candidates in likely:
+                first = self._first(mark, candidates, ALIKE, first)
+        numbered = _numbered(item.name)
+        if numbered is not None:
+            first = self._first(mark, self._neighbours(*numbered), ALIKE_IN_CLIP, first)
+        return self._items[first] if first < len(self._items) else None
+
+    def _neighbours(self, stem: str, number: int) -> list[int]:
+        frames = self._stems.get(stem, [])
+        at = bisect_left(frames, (number, 0))
+        return sorted(place for _, place in frames[max(0, at - NEIGHBOURS) : at + NEIGHBOURS])
+
+    def _first(self, mark: int, candidates: Sequence[int], limit: int, before: int) -> int:
+        for place in candidates:
+            if place >= before:
+                break
+            if (mark ^ self._hashes[place]).bit_count() <= limit:
+                return place
+        return before
+
+    def _first_of_all(self, item: Item) -> int:
+        words = _words(item)[:, None]
+        for start in range(0, len(self._items), _BLOCK):
+            block = self._words[:, start : min(start + _BLOCK, len(self._items))]
+            alike = np.bitwise_count(block ^ words).sum(axis=0, dtype=np.uint16) <= ALIKE
+            if alike.any():
+                return start + int(alike.argmax())
+        return len(self._items)
 
 
-def _stem(name: str) -> str | None:
-    """An image's name without the number at its end; None where it has no number."""
+def _words(item: Item) -> npt.NDArray[np.uint64]:
+    return np.frombuffer(bytes.fromhex(item.fingerprint), np.uint64)
+
+
+def _rows(item: Item) -> list[int]:
+    size = len(item.fingerprint) // _ROWS
+    return [int(item.fingerprint[i * size : (i + 1) * size], 16) for i in range(_ROWS)]
+
+
+def _numbered(name: str) -> tuple[str, int] | None:
+    """An image's name without the number at its end, and the number; None where it has none."""
     path = PurePosixPath(urlsplit(name).path)
     # Label Studio puts eight random digits before the name of an upload.
     plain = re.sub(r"^[0-9a-f]{8}-", "", path.name)
-    stem, found = re.subn(r"\d+(?=\.\w+$|$)", "#", plain)
-    return f"{stem}" if found else None
+    number = _NUMBER.search(plain)
+    return (_NUMBER.sub("#", plain), int(number[0][-18:])) if number else None
 
 
 def _strata(item: Item) -> Iterable[str]:

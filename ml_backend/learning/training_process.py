@@ -7,6 +7,7 @@ import sys
 import time
 
 from ml_backend.backend import Backend
+from ml_backend.detection.training import TrainingDiverged
 from ml_backend.learning.supervisor import REFUSED, lower_priority
 from ml_backend.learning.training_run import TrainingRefused, TrainingRun
 from ml_backend.settings import load_settings
@@ -37,6 +38,10 @@ def main(job_id: int) -> int:
         outcome = run.run(job.project_id)
     except TrainingRefused as refused:
         backend.jobs.finish(job_id, "refused", str(refused))
+        return REFUSED
+    except TrainingDiverged as diverged:
+        # It would again: another attempt begins with the same seed.
+        backend.jobs.finish(job_id, "failed", f"failed: {diverged}")
         return REFUSED
     backend.jobs.finish(job_id, "done", outcome.verdict.reason, version=outcome.version)
     return 0

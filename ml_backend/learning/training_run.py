@@ -16,7 +16,8 @@ import torch
 
 from ml_backend import __version__
 from ml_backend.detection.detector import CorruptDetector, Detector
-from ml_backend.detection.device import describe_device, resolve_device
+from ml_backend.detection.device import DeviceError, describe_device, resolve_device
+from ml_backend.detection.zoo import check
 from ml_backend.label_studio.client import LabelStudioError
 from ml_backend.label_studio.label_config import LabelConfigError, parse_label_config
 from ml_backend.learning.dataset import Dataset, build_dataset
@@ -81,9 +82,11 @@ class TrainingRun:
         """Does it all.
 
         Raises:
-            TrainingRefused: too little to learn from, or nothing to detect.
+            TrainingRefused: too little to learn from, nothing to detect, or a wrong setting.
+            TrainingDiverged: the loss became NaN.
         """
         started = time.monotonic()
+        device = self._checked()
         project = self._read_back(project_id)
         try:
             config = parse_label_config(project.label_config)
@@ -104,9 +107,18 @@ class TrainingRun:
                 on_progress=lambda f, words: self._progress(0.1 * f, words),
             )
             _check(dataset)
-            return self._learn(project, dataset, started)
+            return self._learn(project, dataset, device, started)
         finally:
             shutil.rmtree(folder)
+
+    def _checked(self) -> torch.device:
+        """The device, once it is certain that the settings serve: they may be newer than a job."""
+        try:
+            device = resolve_device(self._settings.device)
+            check(self._settings.preset, self._settings.weights, device)
+        except (DeviceError, ValueError) as error:
+            raise TrainingRefused(f"refused because of a setting: {error}") from error
+        return device
 
     def _read_back(self, project_id: int) -> Project:
         with self._database.reading() as session:
@@ -124,8 +136,9 @@ class TrainingRun:
         with self._database.reading() as session:
             return session.get_one(Project, project_id)
 
-    def _learn(self, project: Project, dataset: Dataset, started: float) -> Outcome:
-        device = resolve_device(self._settings.device)
+    def _learn(
+        self, project: Project, dataset: Dataset, device: torch.device, started: float
+    ) -> Outcome:
         teacher = Teacher(self._settings, device, self._progress)
         lesson = teacher.teach(dataset, self._live(project, device))
         name = self._name(project, dataset, lesson)
@@ -147,7 +160,7 @@ class TrainingRun:
             save_out_of_fold(folder, dataset.labels, lesson.out_of_fold)
 
         self._registry.publish(project.key, name, write, card)
-        self._versions.record(
+        verdict = self._versions.record(
             project.id,
             name,
             card,
@@ -156,7 +169,7 @@ class TrainingRun:
             revision=dataset.revision,
         )
         self._versions.prune(project.id, self._settings.keep_versions)
-        return Outcome(name, lesson.verdict)
+        return Outcome(name, verdict)
 
     def _live(self, project: Project, device: torch.device) -> Live | None:
         if project.live_version is None:
@@ -222,6 +235,11 @@ def _check(dataset: Dataset) -> None:
         raise TrainingRefused(
             f"refused because only {len(dataset.samples)} annotated images can be read"
             + (f"; for example: {first}" if first else ": annotate some and ask again")
+        )
+    if dataset.tasks < 2:
+        raise TrainingRefused(
+            "refused because all images are one task's, and nothing is left to measure on: "
+            "annotate another one and ask again"
         )
     if not any(len(s.labels) for s in dataset.samples):
         raise TrainingRefused(

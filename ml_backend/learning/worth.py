@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from ml_backend.learning.policy import changes_needed
+
 NEEDED = 3
 """Trainings from which a curve has a slope worth telling."""
 RECENT = 6
@@ -128,6 +130,17 @@ def worth_of(versions: Sequence[Version], *, more: int, untouched: float | None)
         f"({100 * low:+.1f} to {100 * high:+.1f}, 90 %)"
     )
     return Worth(gain, low, high, more, untouched, agreement, stop, f"{words}{signs}; {advice}")
+
+
+def more_images(versions: Sequence[Version], *, every: int, growth: float) -> int:
+    """Images that the next training will have seen more, by the policy.
+
+    Args:
+        versions: oldest first.
+        every: new annotations that start a training, or
+        growth: this share of what was annotated, where that is more.
+    """
+    return changes_needed(versions[-1].images if versions else 0, every=every, growth=growth)
 
 
 def _slope(versions: Sequence[Version]) -> tuple[float, float]:

@@ -1,6 +1,6 @@
 """`tiny` on smaller images and with fewer steps: a quarter of the time, for comparisons.
 
-    ML_BACKEND_PRESET=tests.benchmarks.quick:PRESET ml-backend simulate DATASET
+ML_BACKEND_PRESET=tests.benchmarks.quick:PRESET ml-backend simulate DATASET
 """
 
 from __future__ import annotations

@@ -85,7 +85,6 @@ def _measure(
         ML_BACKEND_DEVICE=device,
         ML_BACKEND_TRAIN_MIN="100000",
         ML_BACKEND_TRAIN_BUDGET="100000",
-        THREADS="48",
     )
     _err.print("training a detector for a moment …")
     detector = _publish(backend, folder / "images", pictures)

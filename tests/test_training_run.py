@@ -1,0 +1,153 @@
+"""A training from the store to its end, as its process runs it; and what it says where it ends."""
+
+from __future__ import annotations
+
+import base64
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ml_backend.backend import Backend
+from ml_backend.demo.shapes import SHAPES, generate
+from ml_backend.detection.zoo import PRESETS, fcos_shufflenet
+from ml_backend.label_studio.events import AnnotationInfo, AnnotationsChanged, ProjectInfo, TaskInfo
+from ml_backend.learning.supervisor import REFUSED
+from ml_backend.settings import load_settings
+from ml_backend.store.tables import Job
+from tests.conftest import ROOT
+
+MOMENT = datetime(2026, 1, 1, tzinfo=UTC)
+PICTURES = generate(12, seed=0, width=128, height=96, most=2)
+CONFIG = f"""<View><Image name="image" value="$camera/left"/>
+<RectangleLabels name="box" toName="image">
+{"".join(f'<Label value="{name}"/>' for name in SHAPES[:3])}</RectangleLabels></View>"""
+TWO_IMAGES = CONFIG.replace(
+    "</View>",
+    """<Image name="second" value="$other"/><RectangleLabels name="boxes" toName="second">
+<Label value="Circle"/></RectangleLabels></View>""",
+)
+PROJECT = ProjectInfo("7.1795463889", 7, "shapes", CONFIG, None, None)
+SHORT = replace(
+    PRESETS["tiny"], name="short", min_size=64, max_size=96, batch_size=2, steps=2, epochs=0
+)
+
+
+class _Diverging(nn.Module):
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.inner = fcos_shufflenet(outputs)
+        self.transform = self.inner.transform
+
+    def forward(self, images: list[torch.Tensor], targets: Any = None) -> Any:
+        losses = self.inner(images, targets)
+        return {k: v * float("nan") for k, v in losses.items()} if self.training else losses
+
+
+DIVERGING = replace(SHORT, build=_Diverging)
+
+
+def _train(
+    folder: Path,
+    settings: Mapping[str, str] | None = None,
+    *,
+    readable: int = 12,
+    config: str = CONFIG,
+) -> tuple[int, Job]:
+    """Runs a training's process on annotated images; answers how it ended."""
+    known = replace(PROJECT, label_config=config)
+    chosen = {
+        "MODEL_DIR": str(folder),
+        "ML_BACKEND_PRESET": "tests.test_training_run:SHORT",
+        "ML_BACKEND_WEIGHTS": "none",
+        "ML_BACKEND_DEVICE": "cpu",
+        "ML_BACKEND_TRAIN_THREADS": "1",
+        **(settings or {}),
+    }
+    backend = Backend(load_settings(chosen))
+    project = backend.ingest.introduce(PROJECT.key, 7, label_config=config)
+    for number, image in enumerate(PICTURES, 1):
+        address = "data:image/jpeg;base64," + base64.b64encode(image.encoded()).decode()
+        if number > readable:
+            address = "data:image/jpeg;base64,"
+        regions = [
+            {
+                "type": "rectanglelabels",
+                "from_name": "box",
+                "to_name": "image",
+                "original_width": 128,
+                "original_height": 96,
+                "value": {
+                    "x": float(x1) / 1.28,
+                    "y": float(y1) / 0.96,
+                    "width": float(x2 - x1) / 1.28,
+                    "height": float(y2 - y1) / 0.96,
+                    "rectanglelabels": [label],
+                },
+            }
+            for (x1, y1, x2, y2), label in zip(image.boxes, image.labels, strict=True)
+        ]
+        annotation = AnnotationInfo(
+            number, number, regions, False, False, None, None, 1, MOMENT, MOMENT
+        )
+        task = TaskInfo(number, {"camera/left": address, "other": address}, MOMENT)
+        backend.ingest.apply(AnnotationsChanged(known, (annotation,), (task,)), known)
+    asked = backend.jobs.consider_training(project.id, trigger="button", forced=True)
+    assert backend.jobs.claim(asked.job) is not None
+    done = subprocess.run(
+        [sys.executable, "-m", "ml_backend.learning.training_process", str(asked.job)],
+        env={**os.environ, **chosen},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    job = backend.jobs.get(asked.job)
+    backend.database.close()
+    assert job is not None
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, job
+
+
+def test_a_key_of_the_data_may_have_a_slash(tmp_path: Path) -> None:
+    status, job = _train(tmp_path)
+    assert (status, job.state) == (0, "done"), job.reason
+    assert job.version is not None
+    assert "short-12tasks" in job.version
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("ML_BACKEND_PRESET", "foo:bar"),
+        ("ML_BACKEND_WEIGHTS", "/etc/hostname"),
+        ("ML_BACKEND_DEVICE", "cuda:99"),
+    ],
+)
+def test_a_wrong_setting_is_said_where_people_look_for_the_training(
+    tmp_path: Path, setting: str, value: str
+) -> None:
+    status, job = _train(tmp_path, {setting: value})
+    assert (status, job.state) == (REFUSED, "refused")
+    assert job.reason.startswith("refused because of a setting: ")
+    assert setting in job.reason
+
+
+def test_a_training_that_diverges_says_so(tmp_path: Path) -> None:
+    status, job = _train(tmp_path, {"ML_BACKEND_PRESET": "tests.test_training_run:DIVERGING"})
+    assert (status, job.state) == (REFUSED, "failed")
+    assert job.reason.startswith("failed: the loss became nan after 0 steps: a smaller learning")
+
+
+def test_the_images_of_one_task_are_too_little(tmp_path: Path) -> None:
+    status, job = _train(tmp_path, readable=1, config=TWO_IMAGES)
+    assert (status, job.state) == (REFUSED, "refused")
+    assert job.reason.startswith("refused because all images are one task's")
