@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from ml_backend.detection.costs import (
+    BELIEF,
     FEW_BOXES,
     NEVER,
     CostModel,
@@ -119,7 +120,10 @@ def _spent(
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("costs", [COSTS, SLOW], ids=["7 s", "27.6 s"])
-def test_thresholds_against_a_brute_force_search(seed: int, costs: CostModel) -> None:
+def test_thresholds_against_a_brute_force_search(
+    monkeypatch: pytest.MonkeyPatch, seed: int, costs: CostModel
+) -> None:
+    monkeypatch.setattr("ml_backend.detection.costs.BELIEF", 0)
     found, truth = scene(seed, 25, noise=9)
     found = [f.where(f.labels < 2) for f in found]
     chosen = cheapest_thresholds(found, truth, LABELS, costs)
@@ -133,8 +137,35 @@ def test_thresholds_against_a_brute_force_search(seed: int, costs: CostModel) ->
     assert mine <= _spent(found, truth, np.full(4, costs.break_even), costs)
 
 
+def test_thresholds_from_a_few_images_do_not_follow_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    def images(seed: int, count: int) -> tuple[list[Detections], list[Sample]]:
+        """Boxes of which, with a confidence of p, the share p is right."""
+        random = np.random.default_rng(seed)
+        corner = np.stack([np.arange(8) * 50.0, np.zeros(8)], 1)
+        boxes = np.concatenate([corner, corner + 40], 1).astype(np.float32)
+        found, truth = [], []
+        for number in range(count):
+            scores = np.sort(random.uniform(0.01, 0.99, 8))[::-1].astype(np.float32)
+            labels = random.integers(0, 2, 8)
+            right = random.random(8) < scores
+            found.append(Detections(boxes, scores, labels))
+            truth.append(Sample(str(number), Path("x"), boxes[right], labels[right]))
+        return found, truth
+
+    others, there = images(99, 200)
+
+    def spent_on_others(seed: int) -> float:
+        chosen = cheapest_thresholds(*images(seed, 6), LABELS, SLOW)
+        return _spent(others, there, np.array([chosen[label] for label in LABELS]), SLOW)
+
+    careful = np.mean([spent_on_others(seed) for seed in range(10)])
+    monkeypatch.setattr("ml_backend.detection.costs.BELIEF", 0)
+    plain = np.mean([spent_on_others(seed) for seed in range(10)])
+    assert careful < 0.99 * plain
+
+
 def test_a_detector_that_is_always_wrong_shows_nothing() -> None:
-    truth = [_truth(SQUARE, labels=[0]) for _ in range(FEW_BOXES)]
+    truth = [_truth(SQUARE, labels=[0]) for _ in range(10 * BELIEF)]
     wrong = [_drawn(ELSEWHERE, labels=[0]) for _ in truth]
     right = [_drawn(SQUARE, labels=[0]) for _ in truth]
     assert cheapest_thresholds(wrong, truth, LABELS, COSTS)["car"] == NEVER

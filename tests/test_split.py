@@ -70,6 +70,18 @@ def test_the_holdout_has_its_share_of_every_label() -> None:
         assert abs(held[label] / total[label] - HOLDOUT_SHARE) < 0.08, label
 
 
+def test_what_was_asked_for_by_chance_measures_before_what_was_asked_for_because_it_is_hard() -> (
+    None
+):
+    items = _items(300)
+    for item in items[::10]:
+        item.by_chance = True
+    assign(items)
+    held = [item for item in items if item.side == "holdout"]
+    assert 0.15 < len(held) / len(items) < 0.3
+    assert sum(item.by_chance for item in held) >= 0.9 * 30
+
+
 def test_near_duplicates_stay_on_one_side_even_when_they_come_later() -> None:
     items = _items(60)
     assign(items)

@@ -26,6 +26,11 @@ DUPLICATE = 0.7
 """IoU from which two boxes of different labels are taken for one object."""
 FEW_BOXES = 5
 """Held-out boxes of a label below which its threshold follows from the costs alone."""
+BELIEF = 20
+"""Images whose worth the confidences themselves have in the choice of a threshold: of the cheapest
+of many on a few dozen images, chance is the better part. With thresholds from 10 photographs of
+blood cells, `tiny` made people 8.5 times as fast on others as drawing at 27.6 s so, and 7.5 times
+by the plain minimum."""
 CANDIDATES = 40
 """Thresholds of a label that are tried at most."""
 NEVER = 1.01
@@ -109,11 +114,13 @@ def cheapest_thresholds(
     """For each label, the threshold that makes the samples cost people least.
 
     Coordinate descent on the exact cost, since labels compete for objects: one label after the
-    other, until no threshold improves it. It begins at the confidence that breaks even, where
-    labels with few boxes stay.
+    other, until no threshold improves it. Few images say little: to their cost is added that of
+    `BELIEF` more, in which of the same boxes as many are right as their confidences say. It begins
+    at the confidence that breaks even, where labels with few boxes stay.
 
     Args:
-        predictions: what was found on images that were not learned, down to a low confidence.
+        predictions: what was found on images that were not learned, down to a low confidence;
+            calibrated.
         samples: what is there.
         labels: label names.
         costs: what people's work takes.
@@ -127,6 +134,7 @@ def cheapest_thresholds(
         support += np.bincount(sample.labels, minlength=len(labels))
     chosen = np.full(len(labels), costs.break_even)
     spent = np.array([image.seconds(chosen) for image in images])
+    belief = BELIEF / max(1, len(images))
     improving = True
     while improving:
         improving = False
@@ -135,15 +143,21 @@ def cheapest_thresholds(
                 continue
             # Only images with such a box can change.
             touched = [i for i, image in enumerate(images) if c in image.labels]
-            best = float(spent[touched].sum()) - 1e-9
-            for threshold in _candidates([images[i].scores_of(c) for i in touched]):
+            if not touched:
+                continue
+            scores = np.concatenate([images[i].scores_of(c) for i in touched])
+            best: tuple[float, _Floats] | None = None
+            least = float(spent[touched].sum()) + belief * _hiding(scores, chosen[c], costs)
+            for threshold in _candidates(scores):
                 tried = chosen.copy()
                 tried[c] = threshold
                 seconds = np.array([images[i].seconds(tried) for i in touched])
-                if seconds.sum() < best:
-                    best = float(seconds.sum()) - 1e-9
-                    chosen, spent[touched] = tried, seconds
-                    improving = True
+                worth = float(seconds.sum()) + belief * _hiding(scores, threshold, costs)
+                if worth < least - 1e-9:
+                    least, best = worth, (threshold, seconds)
+            if best is not None:
+                chosen[c], spent[touched] = best
+                improving = True
     return {label: float(chosen[c]) for c, label in enumerate(labels)}
 
 
@@ -195,9 +209,15 @@ def _repairs(savings: _Floats, boxes: int, costs: CostModel) -> float:
     return spent
 
 
-def _candidates(scores: Sequence[npt.NDArray[np.float32]]) -> list[float]:
+def _hiding(scores: npt.NDArray[np.float32], threshold: float, costs: CostModel) -> float:
+    """Seconds that hiding what lies below a threshold costs, if confidences mean what they say."""
+    hidden = scores[scores < threshold]
+    return float((hidden * (costs.draw + costs.delete) - costs.delete).sum())
+
+
+def _candidates(scores: npt.NDArray[np.float32]) -> list[float]:
     """Thresholds worth trying: between scores, at most `CANDIDATES`, and `NEVER`."""
-    values = np.unique(np.concatenate(scores)) if scores else np.zeros(0)
+    values = np.unique(scores)
     if len(values) > CANDIDATES:
         values = np.quantile(values, np.linspace(0, 1, CANDIDATES), method="nearest")
     # Just below a score, so that rounding hides none that it means to show.

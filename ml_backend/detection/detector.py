@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ml_backend.detection.calibration import Calibration, calibrate
+from ml_backend.detection.calibration import Calibration, calibrate, calibration_from
 from ml_backend.detection.embedding import embeddings_of
 from ml_backend.detection.types import Detections, FloatArray
 from ml_backend.detection.zoo import (
@@ -153,8 +153,13 @@ class Detector:
         ):
             outputs = self.module(tensors)
         return [
-            self._detections(output, floor, seen.rows[i] if seen.rows else None)
-            for i, output in enumerate(outputs)
+            self._detections(
+                output,
+                floor,
+                seen.rows[i] if seen.rows else None,
+                (tensor.shape[2], tensor.shape[1]),
+            )
+            for i, (output, tensor) in enumerate(zip(outputs, tensors, strict=True))
         ]
 
     def save(self, folder: Path) -> None:
@@ -166,7 +171,9 @@ class Detector:
             "labels": list(self.labels),
             "weights": dataclasses.asdict(self.weights),
             "thresholds": self.thresholds,
-            "calibration": {label: list(curve) for label, curve in self.calibration.items()},
+            "calibration": {
+                label: dataclasses.asdict(curve) for label, curve in self.calibration.items()
+            },
         }
         (folder / _CARD).write_text(json.dumps(card, indent=1), encoding="utf-8")
 
@@ -190,11 +197,7 @@ class Detector:
                 LoadedWeights(**card["weights"]),
                 device,
                 {str(k): float(v) for k, v in card["thresholds"].items()},
-                # Versions of 0.1 have none.
-                {
-                    str(k): (float(slope), float(intercept))
-                    for k, (slope, intercept) in card.get("calibration", {}).items()
-                },
+                calibration_from(card["calibration"]),
             )
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise CorruptDetector(f"{folder} holds no usable detector: {error}") from error
@@ -204,7 +207,11 @@ class Detector:
         return pixels.to(self.device, non_blocking=True).float().div_(255)
 
     def _detections(
-        self, output: dict[str, torch.Tensor], floor: float, embedding: FloatArray | None
+        self,
+        output: dict[str, torch.Tensor],
+        floor: float,
+        embedding: FloatArray | None,
+        size: tuple[int, int],
     ) -> Detections:
         labels = output["labels"].cpu().numpy() - 1
         scores = output["scores"].float().cpu().numpy()
@@ -212,9 +219,12 @@ class Detector:
         # Output 0 is nobody's label; a box without an area shows nothing.
         area = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
         keep = (labels >= 0) & (scores >= floor) & area
-        labels = labels[keep].astype(np.int64)
-        scores = calibrate(scores[keep].astype(np.float32), labels, self.labels, self.calibration)
-        order = np.argsort(-scores, kind="stable")
-        return Detections(
-            boxes[keep][order].astype(np.float32), scores[order], labels[order], embedding
+        order = np.flatnonzero(keep)[np.argsort(-scores[keep], kind="stable")]
+        found = Detections(
+            boxes[order].astype(np.float32),
+            scores[order].astype(np.float32),
+            labels[order].astype(np.int64),
+            embedding,
+            size,
         )
+        return calibrate(found, self.labels, self.calibration)

@@ -207,16 +207,21 @@ def compare(
     )
 
 
-def ranked_hits(
+def hits_of(
     predictions: Sequence[Detections], samples: Sequence[Sample], classes: int
-) -> list[tuple[npt.NDArray[np.float32], _Bools]]:
-    """For each class, all its detections: float32 scores `[D]`, descending, and bool `[D]`.
+) -> list[_Bools]:
+    """For each image, which detections are right, bool `[N]`.
 
-    The latter says which ones are right: matched to a box of the class with an IoU of 0.5.
+    Those are, most confident first, that overlap a box of their class with an IoU of 0.5.
     """
-    matched = _Matched(predictions, samples, classes)
-    ranked = [matched.ranked(c, np.arange(len(samples))) for c in range(classes)]
-    return [(scores, hits[0]) for scores, hits in ranked]
+    answer: list[_Bools] = []
+    for found, sample in zip(predictions, samples, strict=True):
+        hits = np.zeros(len(found), bool)
+        for c in range(classes):
+            mine = found.labels == c
+            hits[mine] = _match(found.boxes[mine], sample.boxes[sample.labels == c])[0]
+        answer.append(hits)
+    return answer
 
 
 def agreement(a: Sequence[Detections], b: Sequence[Detections]) -> float:

@@ -108,7 +108,6 @@ def train(
     weights: str = "auto",
     device: torch.device,
     seed: int = 0,
-    effort: float = 1.0,
     budget_seconds: float,
     threads: int | None = None,
     max_pixels: int = MAX_PIXELS,
@@ -131,7 +130,6 @@ def train(
         weights: the preset's: `auto`, `none` or a file.
         device: where to train.
         seed: of everything random.
-        effort: share of the steps that it would take otherwise.
         budget_seconds: wall-clock seconds that it may take.
         threads: CPU threads, all where not given.
         max_pixels: samples whose images are larger are left out.
@@ -151,7 +149,7 @@ def train(
     threads = threads or torch.get_num_threads()
     deadline = began + budget_seconds
     images = _Images(samples, preset.max_size, max_pixels)
-    run = _Run(detector, images, validation, seed, effort, deadline, threads, on_progress)
+    run = _Run(detector, images, validation, seed, deadline, threads, on_progress)
     try:
         with threads_inside(run.threads_inside):
             return _go(run, began)
@@ -181,7 +179,6 @@ class _Run:
         images: _Images,
         validation: Sequence[Sample],
         seed: int,
-        effort: float,
         deadline: float,
         threads: int,
         on_progress: Callable[[Progress], None] | None,
@@ -190,7 +187,6 @@ class _Run:
         self.detector = detector
         self.batch_size = preset.batch_size
         self._validation = validation
-        self._effort = effort
         self._deadline = deadline
         self._tell = on_progress
         self._images = images
@@ -222,8 +218,7 @@ class _Run:
         images = len(self._images)
         # Few images are soon learned, if there was anything to begin with.
         few = FEW_STEPS + STEPS_PER_IMAGE * images if self._pretrained else preset.steps
-        wanted = max(min(preset.steps, few), preset.epochs * images / preset.batch_size)
-        steps = math.ceil(self._effort * wanted)
+        steps = max(min(preset.steps, few), math.ceil(preset.epochs * images / preset.batch_size))
         started = time.monotonic()
         first = self._step
         time_left = max(0.0, self._deadline - started) * (0.9 if self._validation else 0.97)

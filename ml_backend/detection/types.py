@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +22,14 @@ class Detections:
         labels: int64 `[N]`, index into the detector's tuple of label names.
         embedding: float32 `[D]`, unit length: what the image looks like to the detector's
             backbone; None where that was not asked for.
+        size: width and height of the image, in pixels; None where that is not known.
     """
 
     boxes: FloatArray
     scores: FloatArray
     labels: IntArray
     embedding: FloatArray | None = None
+    size: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -43,7 +45,9 @@ class Detections:
 
     def where(self, keep: npt.NDArray[np.bool_]) -> Detections:
         """The detections at which the boolean mask `keep`, `[N]`, is true."""
-        return Detections(self.boxes[keep], self.scores[keep], self.labels[keep], self.embedding)
+        return replace(
+            self, boxes=self.boxes[keep], scores=self.scores[keep], labels=self.labels[keep]
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from ml_backend.detection.types import Sample
 from ml_backend.label_studio.images import ImageSource, ImageUnavailable
 from ml_backend.label_studio.label_config import BoxControl, LabelConfig
 from ml_backend.label_studio.regions import read_regions
+from ml_backend.learning.acquisition import is_left_to_chance
 from ml_backend.learning.split import Item, Side, assign, fingerprint
 from ml_backend.store.database import Database
 from ml_backend.store.tables import Annotation, Project, Task
@@ -77,6 +78,7 @@ def build_dataset(
     folder: Path,
     *,
     max_pixels: int,
+    random_share: float,
     on_progress: Callable[[float, str], None],
 ) -> Dataset:
     """Reads a project's annotations and images, and decides the sides of new tasks.
@@ -88,6 +90,7 @@ def build_dataset(
         images: where its images come from.
         folder: receives the image files.
         max_pixels: larger images are left out.
+        random_share: of the tasks, that are asked for by chance.
         on_progress: told the fraction done and a sentence.
     """
     rows, revision = _read(database, project.id)
@@ -120,7 +123,7 @@ def build_dataset(
             else:
                 found.append(outcome)
                 left_out.update(outcome.dropped)
-    items = _sides(found, config, database, project.id)
+    items = _sides(found, config, database, project.id, random_share)
     return Dataset(
         labels=config.labels,
         samples=tuple(f.sample for f in found),
@@ -213,7 +216,11 @@ def _fetch(
 
 
 def _sides(
-    found: Sequence[_Fetched], config: LabelConfig, database: Database, project_id: int
+    found: Sequence[_Fetched],
+    config: LabelConfig,
+    database: Database,
+    project_id: int,
+    random_share: float,
 ) -> dict[int, Item]:
     items: dict[int, Item] = {}
     for f in found:
@@ -228,6 +235,7 @@ def _sides(
             name=f.name,
             fingerprint=f.fingerprint,
             labels=frozenset(names),
+            by_chance=is_left_to_chance(task.label_studio_id, random_share),
             clip=task.clip,
             side=cast("Side | None", task.side),
         )

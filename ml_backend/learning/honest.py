@@ -1,12 +1,13 @@
 """Predictions that measure: never by a detector on an image that it was trained on.
 
-Below 60 images there is no hold-out worth the name. Each version then keeps, beside its weights,
+Below 100 images there is no hold-out worth the name. Each version then keeps, beside its weights,
 what the detectors of its folds said of the images that they had not seen. Those stand in for it
 wherever it is measured on an image that it has learned.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -45,9 +46,7 @@ def relabel(detections: Detections, old: Sequence[str], new: Sequence[str]) -> D
     position = {label: i for i, label in enumerate(new)}
     mapping = np.array([position.get(label, -1) for label in old] or [-1], np.int64)
     labels = mapping[detections.labels]
-    return Detections(detections.boxes, detections.scores, labels, detections.embedding).where(
-        labels >= 0
-    )
+    return dataclasses.replace(detections, labels=labels).where(labels >= 0)
 
 
 def save_out_of_fold(

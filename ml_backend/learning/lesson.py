@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ml_backend.detection.calibration import Calibration, calibrate, fit_calibration
+from ml_backend.detection.calibration import calibrate, fit_calibration
 from ml_backend.detection.costs import CostModel, cheapest_thresholds, shown
 from ml_backend.detection.detector import Detector
 from ml_backend.detection.evaluation import (
@@ -35,10 +35,11 @@ from ml_backend.learning.split import SMALL, fold_groups, folds
 from ml_backend.settings import Settings
 
 FOLDS = 3
-FOLDS_EFFORT = 0.5
-"""Share of the steps that a fold takes: it only measures, and makes up for none."""
 FOLDS_SHARE = 0.5
 """Share of the time budget that the folds take together, where folds decide."""
+CALIBRATION_PARTS = 5
+"""Parts in which what measures is calibrated, each by the others: where a box lies moves it in the
+ranking, and no figure may rest on what was fitted to it."""
 WARM_START_FROM = 1000
 """Annotated images from which a training starts from the live version.
 
@@ -157,7 +158,7 @@ class Teacher:
         self._progress(0.93, "measuring")
         detector = measured.result.detector
         detector.calibration = fit_calibration(measured.predictions, measured.samples, labels)
-        predictions = [_calibrated(p, labels, detector.calibration) for p in measured.predictions]
+        predictions = _calibrated(measured, dataset)
         costs = cost_model(self._settings)
         cheapest = cheapest_thresholds(predictions, measured.samples, labels, costs)
         # A label that was never seen gets none: it is never predicted.
@@ -241,7 +242,6 @@ class Teacher:
                 validation=(),
                 budget=budget * FOLDS_SHARE / len(parts),
                 span=(begin, begin + 0.4 / len(parts)),
-                effort=FOLDS_EFFORT,
                 seed=number,
                 words=f"fold {number + 1} of {len(parts)}, ",
             )
@@ -272,7 +272,6 @@ class Teacher:
         validation: Sequence[Sample],
         budget: float,
         span: tuple[float, float],
-        effort: float = 1.0,
         seed: int = 0,
         words: str = "",
     ) -> TrainingResult:
@@ -289,7 +288,6 @@ class Teacher:
             start=start,
             weights=self._settings.weights,
             device=self._device,
-            effort=effort,
             seed=seed,
             budget_seconds=budget,
             threads=self._settings.training_threads,
@@ -334,6 +332,27 @@ def _holdout_serves(dataset: Dataset) -> bool:
     return images >= SMALL and 0 < len(dataset.holdout) <= images / 2
 
 
+def _calibrated(measured: _Measured, dataset: Dataset) -> list[Detections]:
+    """The predictions, calibrated by what was found in other clips' images."""
+    keys = [s.key for s in measured.samples]
+    groups, _ = fold_groups(
+        {key: dataset.task_of[key] for key in keys}, {key: dataset.clip_of[key] for key in keys}
+    )
+    parts = folds(groups, min(CALIBRATION_PARTS, len(set(groups.values()))), seed=0)
+    found: dict[str, Detections] = {}
+    for part in parts:
+        others = [i for i, key in enumerate(keys) if key not in part or len(parts) == 1]
+        curves = fit_calibration(
+            [measured.predictions[i] for i in others],
+            [measured.samples[i] for i in others],
+            dataset.labels,
+        )
+        for key, prediction in zip(keys, measured.predictions, strict=True):
+            if key in part:
+                found[key] = calibrate(prediction, dataset.labels, curves)
+    return [found[key] for key in keys]
+
+
 def threshold_of(labels: Sequence[str], thresholds: Mapping[str, float]) -> npt.NDArray[np.float64]:
     """float64 `[C]`: the threshold of each label; above any confidence where it has none."""
     return np.array([thresholds.get(label, np.inf) for label in labels])
@@ -341,9 +360,3 @@ def threshold_of(labels: Sequence[str], thresholds: Mapping[str, float]) -> npt.
 
 def _shown(found: Detections, labels: Sequence[str], thresholds: Mapping[str, float]) -> Detections:
     return shown(found, threshold_of(labels, thresholds)[found.labels])
-
-
-def _calibrated(found: Detections, labels: Sequence[str], calibration: Calibration) -> Detections:
-    scores = calibrate(found.scores, found.labels, labels, calibration)
-    order = np.argsort(-scores, kind="stable")
-    return Detections(found.boxes[order], scores[order], found.labels[order], found.embedding)

@@ -30,7 +30,7 @@ from ml_backend.detection.detector import Detector
 from ml_backend.detection.evaluation import evaluate
 from ml_backend.detection.types import Detections, Sample
 from ml_backend.detection.zoo import preset_named
-from ml_backend.learning.acquisition import farthest_first, strategy_named
+from ml_backend.learning.acquisition import farthest_first, is_left_to_chance, strategy_named
 from ml_backend.learning.dataset import Dataset
 from ml_backend.learning.honest import predict_samples
 from ml_backend.learning.lesson import Lesson, Live, Teacher, cost_model, threshold_of
@@ -224,7 +224,7 @@ class Simulation:
                 human[price].append(human[price][-1] + human_seconds(drawn, sample, costs))
                 hand[price].append(hand[price][-1] + by_hand(sample, costs))
             state.labelled.append(index)
-            self._take_side(state, index, sample, labels)
+            self._note(state, index, sample, labels)
             # Trained on all there is, it would serve nobody.
             if len(state.labelled) < len(self._samples) and due(state):
                 self._train(state, labels, strategy, f"{name}:{seed}", total, late)
@@ -322,24 +322,29 @@ class Simulation:
             _only(self._samples[i], self._labels, self._known(late, position))
             for position, i in enumerate(state.labelled)
         )
+        assign(list(state.sides.values()))
         task_of = {self._samples[i].key: i for i in state.labelled}
         return Dataset(
             labels=labels,
             samples=samples,
             task_of=task_of,
-            clip_of={key: state.sides[i].clip or i for key, i in task_of.items()},
+            clip_of={key: _clip(state.sides[i]) for key, i in task_of.items()},
             holdout=frozenset(k for k, i in task_of.items() if state.sides[i].side == "holdout"),
             revision=len(samples),
         )
 
-    def _take_side(
-        self, state: _State, index: int, sample: Sample, labels: tuple[str, ...]
-    ) -> None:
+    def _note(self, state: _State, index: int, sample: Sample, labels: tuple[str, ...]) -> None:
         names = frozenset(labels[i] for i in sample.labels.tolist())
         if index not in self._fingerprints:
-            self._fingerprints[index] = fingerprint(decode_image(sample.image))
-        state.sides[index] = Item(index, sample.image.name, self._fingerprints[index], names)
-        assign(list(state.sides.values()))
+            image = decode_image(sample.image, max_pixels=self._settings.image_max_pixels)
+            self._fingerprints[index] = fingerprint(image)
+        state.sides[index] = Item(
+            index,
+            sample.image.name,
+            self._fingerprints[index],
+            names,
+            by_chance=is_left_to_chance(index, self._settings.random_share),
+        )
 
     def _first_order(self, strategy: str, seed: int) -> list[int]:
         """Before there is a detector: by diversity alone, or at random."""
@@ -376,3 +381,8 @@ def _only(sample: Sample, labels: Sequence[str], known: Sequence[str]) -> Sample
     mapped = mapping[sample.labels]
     keep = mapped >= 0
     return Sample(sample.key, sample.image, sample.boxes[keep], mapped[keep])
+
+
+def _clip(item: Item) -> int:
+    assert item.clip is not None, "decided by then"
+    return item.clip

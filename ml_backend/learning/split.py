@@ -24,7 +24,7 @@ from PIL import Image
 Side = Literal["train", "holdout"]
 
 HOLDOUT_SHARE = 0.2
-SMALL = 60
+SMALL = 100
 """Below so many annotated images a hold-out says too little: folds decide instead."""
 
 ALIKE = 10
@@ -53,6 +53,7 @@ class Item:
         name: its image's address, to recognise the frames of a clip.
         fingerprint: 256-bit hash of its image, hexadecimal.
         labels: label names on it.
+        by_chance: whether it was asked for by chance, and not for what it teaches.
         clip: the task that stands for its near-duplicates, once known.
         side: once decided.
     """
@@ -61,6 +62,7 @@ class Item:
     name: str
     fingerprint: str
     labels: frozenset[str] = field(default_factory=frozenset)
+    by_chance: bool = False
     clip: int | None = None
     side: Side | None = None
 
@@ -75,9 +77,10 @@ def fingerprint(image: Image.Image) -> str:
 def assign(items: Sequence[Item]) -> None:
     """Fills in `clip` and `side` of the items that have none yet; the others stay as they are.
 
-    A new item joins the clip, and so the side, of what it resembles. New clips are dealt in an
-    order that depends on the task alone, each to the side that lacks its rarest label most
-    (iterative stratification, Sechidis et al. 2011).
+    A new item joins the clip, and so the side, of what it resembles. New clips are dealt to the
+    side that lacks their rarest label most (iterative stratification, Sechidis et al. 2011): first
+    those that hold an item asked for by chance, since what was asked for because it is hard does
+    not measure how good a version is on the rest; else in an order that depends on the task alone.
     """
     if not items:
         return
@@ -101,11 +104,13 @@ def assign(items: Sequence[Item]) -> None:
             if item.side == "holdout":
                 held.update(_strata(item))
 
-    for clip in sorted(undecided, key=_shuffled):
-        strata = Counter(s for item in members[clip] for s in _strata(item))
+    strata_of = {c: Counter(s for item in members[c] for s in _strata(item)) for c in undecided}
+    for strata in strata_of.values():
         total.update(strata)
+    chosen = {c: not any(item.by_chance for item in members[c]) for c in undecided}
+    for clip in sorted(undecided, key=lambda c: (chosen[c], _shuffled(c))):
+        strata = strata_of[clip]
         rarest = min(strata, key=lambda s: (total[s], s))
-        # Counted with this clip: a label's first appearances go to training.
         lacking = HOLDOUT_SHARE * total[rarest] - held[rarest] >= 0.5 * strata[rarest]
         side = "holdout" if lacking else "train"
         if side == "holdout":

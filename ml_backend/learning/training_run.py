@@ -104,6 +104,7 @@ class TrainingRun:
                 self._label_studios.images(project),
                 folder,
                 max_pixels=self._settings.image_max_pixels,
+                random_share=self._settings.random_share,
                 on_progress=lambda f, words: self._progress(0.1 * f, words),
             )
             _check(dataset)
