@@ -218,8 +218,8 @@ class TrainingRun:
             "thresholds": lesson.detector.thresholds,
             "comparison": dataclasses.asdict(comparison) if comparison else None,
             "agreement": lesson.agreement,
-            "promoted": verdict.promote,
-            "reason": verdict.reason,
+            # What became of it stands in the database: somebody may roll back meanwhile.
+            "verdict": dataclasses.asdict(verdict),
             "seconds": {"training": round(result.seconds, 1)},
             "training": {
                 "epochs": result.epochs,
