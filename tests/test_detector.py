@@ -117,6 +117,15 @@ def test_labels_come_and_go_and_the_others_keep_what_they_learned() -> None:
     assert _logits(after.with_labels(("car",))).keys() == {"car"}
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_every_side_of_a_new_fcos_can_learn(seed: int) -> None:
+    torch.manual_seed(seed)
+    head = fcos_shufflenet(3).get_submodule("head.regression_head")
+    distances, _ = head([torch.rand(2, 64, 12, 16)])
+    # No gradient reaches a distance of nought.
+    assert (distances > 0).float().mean(dim=(0, 1)).min() > 0.9
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_learns_and_predicts(name: str) -> None:
     preset = replace(PRESETS[name], min_size=96, max_size=160)
