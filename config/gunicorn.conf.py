@@ -14,6 +14,7 @@ from ml_backend.settings import SettingsError, load_settings
 
 try:
     _settings = load_settings()
+    _settings.check_exposure()
 except SettingsError as error:
     print(f"wrong setting: {error}", file=sys.stderr)
     sys.exit(2)
