@@ -73,7 +73,7 @@ def test_every_endpoint_answers_as_it_is_described(described: Any, method: str, 
 
         @SETTINGS
         @given(case=operation.as_strategy(generation_mode=mode))
-        def ask(case: schemathesis.Case) -> None:
+        def ask(case: schemathesis.Case[Any]) -> None:
             answer = case.call_and_validate(checks=CHECKED)
             assert "Traceback" not in answer.text
 
@@ -97,9 +97,9 @@ _ANYTHING = st.recursive(
 _RECORDED = sorted(path.stem for path in CAPTURES.glob("POST_*.json"))
 
 
-def _places(content: object, where: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+def _places(content: Any, where: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
     """Every place in a body at which something can be put."""
-    inner = content.items() if isinstance(content, dict) else enumerate(content or ())
+    inner = content.items() if isinstance(content, dict) else enumerate(content)
     for name, value in inner:
         yield (*where, name)
         if isinstance(value, dict | list):

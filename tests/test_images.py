@@ -580,6 +580,16 @@ def test_no_text_holds_the_token(studio: ImageHost, cache: DiskCache) -> None:
         assert TOKEN not in str(caught.value)
 
 
+@pytest.mark.parametrize("token", ["geheim…", "geheim\r\nX-Other: a", "geheim\x00"])
+def test_what_cannot_be_a_token_is_named_and_neither_sent_nor_shown(
+    token: str, studio: ImageHost, cache: DiskCache
+) -> None:
+    with pytest.raises(ImageUnavailable, match="LABEL_STUDIO_API_KEY") as caught:
+        _source(studio.url, cache, token=token).fetch(1, "/a.png")
+    assert "geheim" not in str(caught.value)
+    assert studio.seen == []
+
+
 # The cache
 
 
