@@ -5,6 +5,8 @@ Read by `ml-backend serve`; the values come from the settings.
 
 import os
 import shutil
+import socket
+import struct
 import sys
 
 from gunicorn.arbiter import Arbiter
@@ -14,6 +16,7 @@ from ml_backend.settings import SettingsError, load_settings
 
 try:
     _settings = load_settings()
+    _settings.check_exposure()
 except SettingsError as error:
     print(f"wrong setting: {error}", file=sys.stderr)
     sys.exit(2)
@@ -28,10 +31,20 @@ preload_app = False
 timeout = 180
 graceful_timeout = 30
 keepalive = 5
+# Seconds after which a client that falls silent in the middle of a request has hung up.
+_SILENCE = 10
 loglevel = _settings.log_level.lower()
 accesslog = None
 # It would lie in the home folder; `ml-backend` is the way to ask and to steer.
 control_socket_disable = True
+
+
+def when_ready(server: Arbiter) -> None:
+    """Lets no client hold a thread by silence; connections inherit this of what they come to."""
+    for listener in server.LISTENERS:
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            listener.sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", _SILENCE, 0))
+
 
 if workers > 1:
     # Prometheus' counters of several processes meet in files; they start at nought with us.

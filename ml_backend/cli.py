@@ -129,6 +129,7 @@ def _print_json(value: Any) -> None:
 def serve() -> None:
     """Serve, and work: the server and a worker together, until stopped."""
     settings = _settings()
+    settings.check_exposure()
     from ml_backend.learning.supervisor import die_with_parent
 
     _say_what_is_missing(settings, _checked_device(settings))
@@ -607,13 +608,6 @@ def _say_what_is_missing(settings: Settings, device: str) -> None:
         _err.print(
             "[yellow]LABEL_STUDIO_URL or LABEL_STUDIO_API_KEY is not set:[/] uploaded images "
             "cannot be read, and `connect` cannot be used. Set both to begin.",
-            soft_wrap=True,
-        )
-    public = settings.host not in {"127.0.0.1", "localhost", "::1"}
-    if public and settings.basic_auth is None and settings.webhook_secret is None:
-        _err.print(
-            "[yellow]anyone who reaches this address can use it:[/] set BASIC_AUTH_USER and "
-            "BASIC_AUTH_PASS, or ML_BACKEND_WEBHOOK_SECRET",
             soft_wrap=True,
         )
     os.environ.setdefault("MODEL_DIR", str(settings.model_dir.absolute()))

@@ -6,7 +6,9 @@ The names that Label Studio's users know are kept as they are; ours begin with `
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -53,6 +55,7 @@ class Settings(BaseSettings):
     basic_auth_user: str | None = _named("BASIC_AUTH_USER", None)
     basic_auth_pass: SecretStr | None = _named("BASIC_AUTH_PASS", None)
     webhook_secret: SecretStr | None = _named("ML_BACKEND_WEBHOOK_SECRET", None)
+    allow_open: bool = _named("ML_BACKEND_ALLOW_OPEN", False)
     max_request_bytes: int = _named("ML_BACKEND_MAX_REQUEST_BYTES", 256 * 2**20, gt=0)
 
     # State
@@ -70,6 +73,7 @@ class Settings(BaseSettings):
     image_max_bytes: int = _named("ML_BACKEND_IMAGE_MAX_BYTES", 50 * 2**20, gt=0)
     image_max_pixels: int = _named("ML_BACKEND_IMAGE_MAX_PIXELS", 100_000_000, gt=0)
     image_timeout: float = _named("ML_BACKEND_IMAGE_TIMEOUT", 20.0, gt=0)
+    allowed_image_hosts: tuple[str, ...] = _named("ML_BACKEND_ALLOWED_IMAGE_HOSTS", ())
     image_cache_bytes: int = _named("ML_BACKEND_IMAGE_CACHE_BYTES", 2 * 2**30, ge=0)
 
     # Learning
@@ -100,6 +104,23 @@ class Settings(BaseSettings):
         if value is not None and not value.startswith(("http://", "https://")):
             raise ValueError("must begin with http:// or https://")
         return value.rstrip("/") if value else value
+
+    @field_validator("allowed_image_hosts", mode="before")
+    @classmethod
+    def _hosts(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        hosts = tuple(part.strip() for part in value.split(",") if part.strip())
+        for host in hosts:
+            try:
+                ipaddress.ip_network(host, strict=False)
+            except ValueError:
+                if not re.fullmatch(r"[\w-]+(\.[\w-]+)*", host) or re.fullmatch(r"[\d.]+", host):
+                    raise ValueError(
+                        "must be hosts, addresses or networks with commas between them, like "
+                        f"minio,10.0.0.7,192.168.0.0/16, and {host} is none of these"
+                    ) from None
+        return hosts
 
     @field_validator("log_level", mode="before")
     @classmethod
@@ -195,6 +216,24 @@ class Settings(BaseSettings):
         """Its own address, as this machine reaches it."""
         host = "127.0.0.1" if self.host in {"0.0.0.0", "::"} else self.host  # noqa: S104
         return f"http://{host}:{self.port}"
+
+    def check_exposure(self) -> None:
+        """Refuses to listen where others could use it as they like, unless that was asked for.
+
+        Raises:
+            SettingsError: other machines can reach it, and nothing asks them who they are.
+        """
+        try:
+            here = ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            here = self.host == "localhost"
+        if here or self.allow_open or self.basic_auth is not None:
+            return
+        raise SettingsError(
+            f"HOST: other machines can reach {self.host}, and without a password any of them "
+            "could use this backend: set BASIC_AUTH_USER and BASIC_AUTH_PASS, or say that this is "
+            "meant with ML_BACKEND_ALLOW_OPEN=true"
+        )
 
     @property
     def predicts_at_a_time(self) -> int:

@@ -78,6 +78,7 @@ def test_slow_images_leave_threads_for_everything_else(
     backend = make_backend(
         THREADS=str(threads),
         ML_BACKEND_IMAGE_TIMEOUT="60",
+        ML_BACKEND_ALLOWED_IMAGE_HOSTS="127.0.0.1",
         ML_BACKEND_TRAIN_MIN="100",
         ML_BACKEND_AUTO_LABEL="false",
     )

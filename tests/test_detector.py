@@ -215,6 +215,23 @@ def test_a_trunks_weights_are_taken_from_a_file(tmp_path: Path) -> None:
     assert all(torch.equal(filled[k], v) for k, v in trunk.state_dict().items())
 
 
+def test_boxes_of_an_image_far_too_large_lie_in_its_own_pixels() -> None:
+    detector = Detector.pretrained(PRESETS["tiny"], LABELS, "none", CPU)
+    small = generate(1, seed=3, width=900, height=600)[0].image
+    large = small.resize((2700, 1800), Image.Resampling.NEAREST)
+    (of_small,), (of_large,) = detector.predict([small]), detector.predict([large])
+    assert len(of_small) > 0
+    assert of_large.boxes == pytest.approx(of_small.boxes * 3, abs=0.1)
+    assert of_large.scores == pytest.approx(of_small.scores, abs=1e-4)
+    assert of_large.size == (2700, 1800)
+    # The network gets no more of it than it looks at.
+    assert detector.prepare(large).pixels.shape == (600, 900, 3)
+    for strip in (Image.new("RGB", (1, 50_000)), Image.new("RGB", (50_000, 1))):
+        (found,) = detector.predict([strip])
+        assert found.size == strip.size
+        assert (found.boxes <= [*strip.size, *strip.size]).all()
+
+
 class _Code:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return (print, ("this pickle ran",))

@@ -53,5 +53,7 @@ def test_what_compose_sets_is_what_the_settings_know() -> None:
     settings = load_settings({**environment, "ML_BACKEND_CONFIG": str(ROOT / "config/default.env")})
     assert settings.label_studio_url == "http://label-studio:8080"
     assert settings.basic_auth is not None
+    # The images listen to others; compose sets what that takes.
+    load_settings({**environment, "HOST": "0.0.0.0"}).check_exposure()
     cuda = yaml.safe_load((ROOT / "docker/compose.cuda.yaml").read_text())
     assert cuda["services"]["ml-backend"]["build"]["dockerfile"] == "docker/Dockerfile.cuda"

@@ -38,6 +38,7 @@ DOORS = {
     ("GET", "/health"),
     ("GET", "/versions"),
     ("GET", "/metrics"),
+    ("GET", "/openapi.json"),
     ("POST", "/setup"),
     ("POST", "/predict"),
     ("POST", "/webhook"),

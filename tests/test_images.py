@@ -7,8 +7,7 @@ import gzip
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -16,124 +15,26 @@ import pytest
 
 from ml_backend.label_studio.client import LabelStudioClient
 from ml_backend.label_studio.images import DiskCache, ImageSource, ImageUnavailable
+from tests import image_host as host
+from tests.image_host import CONTENT, Answer, Handler, ImageHost, image_host
 
 TOKEN = "0123456789abcdef0123456789abcdef01234567"
-CONTENT = b"\x89PNG not really, but bytes are bytes \x00\xff" * 20
-
-Answer = Callable[["_Handler"], None]
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: _Server
-
-    def do_GET(self) -> None:
-        self.server.seen.append((self.path, self.headers.get("Authorization")))
-        answer = self.server.answers.get(urlsplit(self.path).path, _status(404))
-        # The client may hang up on us in the middle; that is what some tests are about.
-        with suppress(OSError):
-            answer(self)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-class _Server(ThreadingHTTPServer):
-    """Answers by path; `seen` holds each request's path and `Authorization`."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.answers: dict[str, Answer] = {}
-        self.seen: list[tuple[str, str | None]] = []
-        self.closing = threading.Event()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-    @property
-    def tokens(self) -> list[str | None]:
-        return [token for _, token in self.seen]
-
-
-def _bytes(content: bytes = CONTENT, **headers: str) -> Answer:
-    def answer(handler: _Handler) -> None:
-        handler.send_response(200)
-        handler.send_header("Content-Length", str(len(content)))
-        for name, value in headers.items():
-            handler.send_header(name.replace("_", "-"), value)
-        handler.end_headers()
-        handler.wfile.write(content)
-
-    return answer
-
-
-def _until_closed(content: bytes) -> Answer:
-    """No Content-Length: the end of the connection is the end of the image."""
-
-    def answer(handler: _Handler) -> None:
-        handler.send_response(200)
-        handler.send_header("Connection", "close")
-        handler.end_headers()
-        handler.wfile.write(content)
-
-    return answer
-
-
-def _endless(handler: _Handler) -> None:
-    handler.send_response(200)
-    handler.send_header("Transfer-Encoding", "chunked")
-    handler.end_headers()
-    while not handler.server.closing.is_set():
-        handler.wfile.write(b"400\r\n" + b"x" * 1024 + b"\r\n")
-
-
-def _status(status: int) -> Answer:
-    def answer(handler: _Handler) -> None:
-        handler.send_response(status)
-        handler.send_header("Content-Length", "0")
-        handler.end_headers()
-
-    return answer
-
-
-def _redirect(location: str, status: int = 302) -> Answer:
-    def answer(handler: _Handler) -> None:
-        handler.send_response(status)
-        handler.send_header("Location", location)
-        handler.send_header("Content-Length", "0")
-        handler.end_headers()
-
-    return answer
 
 
 @pytest.fixture
-def make_server() -> Iterator[Callable[[], _Server]]:
-    servers: list[_Server] = []
-
-    def make() -> _Server:
-        server = _Server()
-        servers.append(server)
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        return server
-
-    yield make
-    for server in servers:
-        server.closing.set()
-        server.shutdown()
-        server.server_close()
+def make_server() -> Iterator[Callable[[], ImageHost]]:
+    with ExitStack() as stack:
+        yield lambda: stack.enter_context(image_host())
 
 
 @pytest.fixture
-def studio(make_server: Callable[[], _Server]) -> _Server:
+def studio(make_server: Callable[[], ImageHost]) -> ImageHost:
     """Stands for Label Studio."""
     return make_server()
 
 
 @pytest.fixture
-def elsewhere(make_server: Callable[[], _Server]) -> _Server:
+def elsewhere(make_server: Callable[[], ImageHost]) -> ImageHost:
     """Another host: another port is one already."""
     return make_server()
 
@@ -154,7 +55,14 @@ def _source(
 ) -> ImageSource:
     client = LabelStudioClient(base_url, token) if base_url and token else None
     return ImageSource(
-        base_url, client, cache, max_bytes=max_bytes, timeout=timeout, other_urls=other_urls
+        base_url,
+        client,
+        cache,
+        max_bytes=max_bytes,
+        timeout=timeout,
+        other_urls=other_urls,
+        # The hosts of these tests are all this machine; tests/test_addresses.py is about that.
+        allowed_hosts=["127.0.0.0/8"],
     )
 
 
@@ -162,17 +70,17 @@ def _source(
 
 
 def test_an_upload_is_read_from_label_studio_with_the_token(
-    studio: _Server, cache: DiskCache
+    studio: ImageHost, cache: DiskCache
 ) -> None:
-    studio.answers["/data/upload/1/a.png"] = _bytes()
+    studio.answers["/data/upload/1/a.png"] = host.sent()
     assert _source(studio.url, cache).fetch(1, "/data/upload/1/a.png") == CONTENT
     assert studio.seen == [("/data/upload/1/a.png", f"Token {TOKEN}")]
 
 
 def test_local_files_are_read_from_label_studio_with_the_token(
-    studio: _Server, cache: DiskCache
+    studio: ImageHost, cache: DiskCache
 ) -> None:
-    studio.answers["/data/local-files/"] = _bytes()
+    studio.answers["/data/local-files/"] = host.sent()
     value = "/data/local-files/?d=photos/a%20b.png"
     assert _source(studio.url, cache).fetch(1, value) == CONTENT
     assert studio.seen == [(value, f"Token {TOKEN}")]
@@ -180,12 +88,12 @@ def test_local_files_are_read_from_label_studio_with_the_token(
 
 @pytest.mark.parametrize("scheme", ["s3", "gs", "azure-blob"])
 def test_cloud_storage_is_read_by_way_of_the_task(
-    scheme: str, studio: _Server, elsewhere: _Server, cache: DiskCache
+    scheme: str, studio: ImageHost, elsewhere: ImageHost, cache: DiskCache
 ) -> None:
     # Ends in ÿ?>, whose base64 holds characters that mean something else in an address.
     value = f"{scheme}://bucket/photos/a b+ü~ÿ?>.png"
-    studio.answers["/tasks/7/resolve/"] = _redirect(f"{elsewhere.url}/signed?X-Signature=abc")
-    elsewhere.answers["/signed"] = _bytes()
+    studio.answers["/tasks/7/resolve/"] = host.redirect(f"{elsewhere.url}/signed?X-Signature=abc")
+    elsewhere.answers["/signed"] = host.sent()
     assert _source(studio.url, cache).fetch(7, value) == CONTENT
     ((path, token),) = studio.seen
     assert token == f"Token {TOKEN}"
@@ -195,7 +103,7 @@ def test_cloud_storage_is_read_by_way_of_the_task(
 
 
 def test_cloud_storage_without_a_task_is_refused_without_a_request(
-    studio: _Server, cache: DiskCache
+    studio: ImageHost, cache: DiskCache
 ) -> None:
     with pytest.raises(ImageUnavailable, match="task"):
         _source(studio.url, cache).fetch(None, "s3://bucket/a.png")
@@ -203,46 +111,48 @@ def test_cloud_storage_without_a_task_is_refused_without_a_request(
 
 
 def test_another_hosts_image_is_read_as_it_is_without_the_token(
-    studio: _Server, elsewhere: _Server, cache: DiskCache
+    studio: ImageHost, elsewhere: ImageHost, cache: DiskCache
 ) -> None:
-    elsewhere.answers["/pictures/a.png"] = _bytes()
+    elsewhere.answers["/pictures/a.png"] = host.sent()
     value = f"{elsewhere.url}/pictures/a.png?size=large&token=t"
     assert _source(studio.url, cache).fetch(1, value) == CONTENT
     assert elsewhere.seen == [("/pictures/a.png?size=large&token=t", None)]
     assert studio.seen == []
 
 
-def test_label_studios_own_whole_address_gets_the_token(studio: _Server, cache: DiskCache) -> None:
-    studio.answers["/data/upload/1/a.png"] = _bytes()
+def test_label_studios_own_whole_address_gets_the_token(
+    studio: ImageHost, cache: DiskCache
+) -> None:
+    studio.answers["/data/upload/1/a.png"] = host.sent()
     assert _source(studio.url, cache).fetch(1, f"{studio.url}/data/upload/1/a.png") == CONTENT
     assert studio.tokens == [f"Token {TOKEN}"]
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_the_token_stays_behind_where_label_studio_redirects_elsewhere(
-    status: int, studio: _Server, elsewhere: _Server, cache: DiskCache
+    status: int, studio: ImageHost, elsewhere: ImageHost, cache: DiskCache
 ) -> None:
-    studio.answers["/data/upload/a.png"] = _redirect(f"{elsewhere.url}/a.png", status)
-    elsewhere.answers["/a.png"] = _bytes()
+    studio.answers["/data/upload/a.png"] = host.redirect(f"{elsewhere.url}/a.png", status)
+    elsewhere.answers["/a.png"] = host.sent()
     assert _source(studio.url, cache).fetch(1, "/data/upload/a.png") == CONTENT
     assert studio.tokens == [f"Token {TOKEN}"]
     assert elsewhere.tokens == [None]
 
 
 def test_the_same_machine_under_another_name_is_another_host(
-    studio: _Server, cache: DiskCache
+    studio: ImageHost, cache: DiskCache
 ) -> None:
-    studio.answers["/a.png"] = _redirect(f"http://localhost:{studio.server_port}/b.png")
-    studio.answers["/b.png"] = _bytes()
+    studio.answers["/a.png"] = host.redirect(f"http://localhost:{studio.server_port}/b.png")
+    studio.answers["/b.png"] = host.sent()
     assert _source(studio.url, cache).fetch(1, "/a.png") == CONTENT
     assert studio.tokens == [f"Token {TOKEN}", None]
 
 
 def test_the_token_goes_along_where_label_studio_redirects_to_itself(
-    studio: _Server, cache: DiskCache
+    studio: ImageHost, cache: DiskCache
 ) -> None:
-    studio.answers["/data/a.png"] = _redirect("../files/b.png")
-    studio.answers["/files/b.png"] = _bytes()
+    studio.answers["/data/a.png"] = host.redirect("../files/b.png")
+    studio.answers["/files/b.png"] = host.sent()
     assert _source(studio.url, cache).fetch(1, "/data/a.png") == CONTENT
     assert studio.seen == [
         ("/data/a.png", f"Token {TOKEN}"),
@@ -251,11 +161,11 @@ def test_the_token_goes_along_where_label_studio_redirects_to_itself(
 
 
 def test_a_host_that_another_sends_us_back_from_gets_no_token_of_its_own_choice(
-    studio: _Server, elsewhere: _Server, cache: DiskCache
+    studio: ImageHost, elsewhere: ImageHost, cache: DiskCache
 ) -> None:
-    elsewhere.answers["/a.png"] = _redirect(f"{studio.url}/data/b.png")
-    studio.answers["/data/b.png"] = _redirect(f"{elsewhere.url}/c.png")
-    elsewhere.answers["/c.png"] = _bytes()
+    elsewhere.answers["/a.png"] = host.redirect(f"{studio.url}/data/b.png")
+    studio.answers["/data/b.png"] = host.redirect(f"{elsewhere.url}/c.png")
+    elsewhere.answers["/c.png"] = host.sent()
     assert _source(studio.url, cache).fetch(1, f"{elsewhere.url}/a.png") == CONTENT
     assert elsewhere.tokens == [None, None]
 
@@ -270,20 +180,20 @@ def test_a_host_that_another_sends_us_back_from_gets_no_token_of_its_own_choice(
     ],
 )
 def test_an_address_that_can_be_read_in_two_ways_gets_no_token_to_another_host(
-    address: str, studio: _Server, elsewhere: _Server, cache: DiskCache
+    address: str, studio: ImageHost, elsewhere: ImageHost, cache: DiskCache
 ) -> None:
     value = address.format(own=studio.server_port, other=elsewhere.server_port)
     with pytest.raises(ImageUnavailable):
         _source(studio.url, cache).fetch(1, value)
-    studio.answers["/way"] = _redirect(value)
+    studio.answers["/way"] = host.redirect(value)
     with pytest.raises(ImageUnavailable):
         _source(studio.url, cache).fetch(1, "/way")
     assert elsewhere.tokens == [None, None]
 
 
 def test_no_credentials_come_from_a_netrc_file(
-    studio: _Server,
-    elsewhere: _Server,
+    studio: ImageHost,
+    elsewhere: ImageHost,
     cache: DiskCache,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -293,8 +203,8 @@ def test_no_credentials_come_from_a_netrc_file(
     netrc.chmod(0o600)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(netrc))
-    studio.answers["/data/a.png"] = _redirect(f"{elsewhere.url}/a.png")
-    elsewhere.answers["/a.png"] = _bytes()
+    studio.answers["/data/a.png"] = host.redirect(f"{elsewhere.url}/a.png")
+    elsewhere.answers["/a.png"] = host.sent()
     assert _source(studio.url, cache).fetch(1, "/data/a.png") == CONTENT
     assert _source(studio.url, cache, token=None).fetch(1, f"{elsewhere.url}/a.png?2") == CONTENT
     assert studio.tokens == [f"Token {TOKEN}"]
@@ -314,24 +224,24 @@ def test_no_credentials_come_from_a_netrc_file(
     ],
 )
 def test_under_a_sub_path_uploads_are_found_with_and_without_it(
-    base: str, value: str, studio: _Server, cache: DiskCache
+    base: str, value: str, studio: ImageHost, cache: DiskCache
 ) -> None:
-    studio.answers["/studio/data/upload/a.png"] = _bytes()
+    studio.answers["/studio/data/upload/a.png"] = host.sent()
     assert _source(studio.url + base, cache).fetch(1, value) == CONTENT
     assert studio.seen == [("/studio/data/upload/a.png", f"Token {TOKEN}")]
 
 
 def test_a_sub_path_is_not_cut_off_where_a_folder_only_begins_like_it(
-    studio: _Server, cache: DiskCache
+    studio: ImageHost, cache: DiskCache
 ) -> None:
-    studio.answers["/data/database/a.png"] = _bytes()
+    studio.answers["/data/database/a.png"] = host.sent()
     assert _source(f"{studio.url}/data", cache).fetch(1, "/database/a.png") == CONTENT
 
 
 def test_cloud_storage_under_a_sub_path_is_resolved_there(
-    studio: _Server, cache: DiskCache
+    studio: ImageHost, cache: DiskCache
 ) -> None:
-    studio.answers["/studio/tasks/7/resolve/"] = _bytes()
+    studio.answers["/studio/tasks/7/resolve/"] = host.sent()
     assert _source(f"{studio.url}/studio", cache).fetch(7, "s3://bucket/a.png") == CONTENT
     assert studio.tokens == [f"Token {TOKEN}"]
 
@@ -363,7 +273,7 @@ def test_without_label_studios_address_the_settings_to_make_are_named(
     ],
 )
 def test_what_is_no_address_is_unavailable_and_nothing_worse(
-    value: str, studio: _Server, cache: DiskCache
+    value: str, studio: ImageHost, cache: DiskCache
 ) -> None:
     with pytest.raises(ImageUnavailable):
         _source(studio.url, cache).fetch(1, value)
@@ -395,10 +305,10 @@ BROWSERS = "http://label-studio.example:8080"
     ],
 )
 def test_what_label_studio_serves_is_read_from_it_under_our_address(
-    base: str, browsers: str, value: str, path: str | None, studio: _Server, cache: DiskCache
+    base: str, browsers: str, value: str, path: str | None, studio: ImageHost, cache: DiskCache
 ) -> None:
     path = path or urlsplit(value).path
-    studio.answers[urlsplit(path).path] = _bytes()
+    studio.answers[urlsplit(path).path] = host.sent()
     source = _source(studio.url + base, cache, other_urls=[browsers])
     assert source.fetch(1, value) == CONTENT
     assert studio.seen == [(path, f"Token {TOKEN}")]
@@ -415,9 +325,11 @@ def test_what_label_studio_serves_is_read_from_it_under_our_address(
     ],
 )
 def test_other_files_of_that_host_are_read_there_without_the_token(
-    path: str, studio: _Server, elsewhere: _Server, cache: DiskCache
+    path: str, studio: ImageHost, elsewhere: ImageHost, cache: DiskCache
 ) -> None:
-    elsewhere.answers["/pictures/a.png"] = elsewhere.answers["/other/data/upload/a.png"] = _bytes()
+    elsewhere.answers["/pictures/a.png"] = elsewhere.answers["/other/data/upload/a.png"] = (
+        host.sent()
+    )
     source = _source(studio.url, cache, other_urls=[elsewhere.url])
     assert source.fetch(1, elsewhere.url + path) == CONTENT
     assert elsewhere.tokens == [None]
@@ -434,9 +346,9 @@ def test_other_files_of_that_host_are_read_there_without_the_token(
     ],
 )
 def test_the_same_path_at_another_host_is_its_own_and_gets_no_token(
-    address: str, studio: _Server, elsewhere: _Server, cache: DiskCache
+    address: str, studio: ImageHost, elsewhere: ImageHost, cache: DiskCache
 ) -> None:
-    elsewhere.answers["/data/upload/a.png"] = _bytes()
+    elsewhere.answers["/data/upload/a.png"] = host.sent()
     value = address.format(other=elsewhere.server_port)
     source = _source(studio.url, cache, other_urls=[BROWSERS])
     with suppress(ImageUnavailable):
@@ -483,9 +395,9 @@ def test_an_inline_image_has_the_same_limit_as_others(cache: DiskCache) -> None:
 # Limits
 
 
-@pytest.mark.parametrize("answer", [_bytes, _until_closed], ids=["with a length", "without"])
+@pytest.mark.parametrize("answer", [host.sent, host.until_closed], ids=["with a length", "without"])
 def test_an_image_of_just_the_limit_is_read_and_a_larger_one_refused(
-    answer: Callable[[bytes], Answer], studio: _Server, cache: DiskCache
+    answer: Callable[[bytes], Answer], studio: ImageHost, cache: DiskCache
 ) -> None:
     source = _source(studio.url, cache, max_bytes=200_000)
     studio.answers["/fits.png"] = answer(b"x" * 200_000)
@@ -497,46 +409,24 @@ def test_an_image_of_just_the_limit_is_read_and_a_larger_one_refused(
     assert "ML_BACKEND_IMAGE_MAX_BYTES" in str(caught.value)
 
 
-def test_an_endless_answer_is_refused_at_the_limit(studio: _Server, cache: DiskCache) -> None:
-    studio.answers["/a.png"] = _endless
+def test_an_endless_answer_is_refused_at_the_limit(studio: ImageHost, cache: DiskCache) -> None:
+    studio.answers["/a.png"] = host.endless
     with pytest.raises(ImageUnavailable, match="ML_BACKEND_IMAGE_MAX_BYTES"):
         _source(studio.url, cache, max_bytes=1_000_000, timeout=30).fetch(1, "/a.png")
 
 
-def test_what_is_unpacked_counts_and_not_what_is_sent(studio: _Server, cache: DiskCache) -> None:
-    studio.answers["/fits.png"] = _bytes(gzip.compress(CONTENT), Content_Encoding="gzip")
-    studio.answers["/bomb.png"] = _bytes(gzip.compress(bytes(10**7)), Content_Encoding="gzip")
+def test_what_is_unpacked_counts_and_not_what_is_sent(studio: ImageHost, cache: DiskCache) -> None:
+    studio.answers["/fits.png"] = host.sent(gzip.compress(CONTENT), Content_Encoding="gzip")
+    studio.answers["/bomb.png"] = host.sent(gzip.compress(bytes(10**7)), Content_Encoding="gzip")
     source = _source(studio.url, cache)
     assert source.fetch(1, "/fits.png") == CONTENT
     with pytest.raises(ImageUnavailable, match="ML_BACKEND_IMAGE_MAX_BYTES"):
         source.fetch(1, "/bomb.png")
 
 
-def _drip(handler: _Handler) -> None:
-    handler.send_response(200)
-    handler.send_header("Content-Length", "1000")
-    handler.end_headers()
-    for _ in range(1000):
-        handler.wfile.write(b"x")
-        if handler.server.closing.wait(0.05):
-            return
-
-
-def _stall(handler: _Handler) -> None:
-    handler.send_response(200)
-    handler.send_header("Content-Length", "1000")
-    handler.end_headers()
-    handler.wfile.write(b"x" * 500)
-    handler.server.closing.wait(50)
-
-
-def _silence(handler: _Handler) -> None:
-    handler.server.closing.wait(50)
-
-
-@pytest.mark.parametrize("answer", [_drip, _stall, _silence])
+@pytest.mark.parametrize("answer", [host.drip, host.stall, host.silence])
 def test_a_slow_image_is_given_up_within_the_timeout(
-    answer: Answer, studio: _Server, cache: DiskCache
+    answer: Answer, studio: ImageHost, cache: DiskCache
 ) -> None:
     studio.answers["/slow.png"] = answer
     begun = time.monotonic()
@@ -546,10 +436,10 @@ def test_a_slow_image_is_given_up_within_the_timeout(
     assert time.monotonic() - begun < 10
 
 
-def test_the_timeout_holds_for_all_redirects_together(studio: _Server, cache: DiskCache) -> None:
-    def slowly(handler: _Handler) -> None:
+def test_the_timeout_holds_for_all_redirects_together(studio: ImageHost, cache: DiskCache) -> None:
+    def slowly(handler: Handler) -> None:
         handler.server.closing.wait(0.6)
-        _redirect("/next.png")(handler)
+        host.redirect("/next.png")(handler)
 
     studio.answers["/next.png"] = slowly
     begun = time.monotonic()
@@ -559,7 +449,7 @@ def test_the_timeout_holds_for_all_redirects_together(studio: _Server, cache: Di
     assert time.monotonic() - begun < 10
 
 
-def _broken_off(handler: _Handler) -> None:
+def _broken_off(handler: Handler) -> None:
     handler.send_response(200)
     handler.send_header("Content-Length", "1000")
     handler.end_headers()
@@ -567,7 +457,7 @@ def _broken_off(handler: _Handler) -> None:
     handler.close_connection = True
 
 
-def _broken_chunks(handler: _Handler) -> None:
+def _broken_chunks(handler: Handler) -> None:
     handler.send_response(200)
     handler.send_header("Transfer-Encoding", "chunked")
     handler.end_headers()
@@ -575,29 +465,29 @@ def _broken_chunks(handler: _Handler) -> None:
     handler.close_connection = True
 
 
-def _hung_up(handler: _Handler) -> None:
+def _hung_up(handler: Handler) -> None:
     handler.close_connection = True
 
 
 @pytest.mark.parametrize(
     "answer",
-    [_broken_off, _broken_chunks, _hung_up, _bytes(b"no gzip", Content_Encoding="gzip")],
+    [_broken_off, _broken_chunks, _hung_up, host.sent(b"no gzip", Content_Encoding="gzip")],
     ids=["broken off", "broken chunks", "hung up", "wrongly packed"],
 )
 def test_half_an_image_is_none_and_is_not_kept(
-    answer: Answer, studio: _Server, cache: DiskCache
+    answer: Answer, studio: ImageHost, cache: DiskCache
 ) -> None:
     source = _source(studio.url, cache)
     studio.answers["/a.png"] = answer
     with pytest.raises(ImageUnavailable, match=r"/a\.png"):
         source.fetch(1, "/a.png")
-    studio.answers["/a.png"] = _bytes()
+    studio.answers["/a.png"] = host.sent()
     assert source.fetch(1, "/a.png") == CONTENT
 
 
-def test_a_redirect_loop_ends(studio: _Server, elsewhere: _Server, cache: DiskCache) -> None:
-    studio.answers["/a.png"] = _redirect(f"{elsewhere.url}/b.png")
-    elsewhere.answers["/b.png"] = _redirect(f"{studio.url}/a.png")
+def test_a_redirect_loop_ends(studio: ImageHost, elsewhere: ImageHost, cache: DiskCache) -> None:
+    studio.answers["/a.png"] = host.redirect(f"{elsewhere.url}/b.png")
+    elsewhere.answers["/b.png"] = host.redirect(f"{studio.url}/a.png")
     with pytest.raises(ImageUnavailable, match="redirected more than"):
         _source(studio.url, cache).fetch(1, "/a.png")
     assert len(studio.seen) + len(elsewhere.seen) < 10
@@ -606,9 +496,9 @@ def test_a_redirect_loop_ends(studio: _Server, elsewhere: _Server, cache: DiskCa
 
 @pytest.mark.parametrize("location", ["file:///etc/hostname", "ftp://127.0.0.1/a", "http://["])
 def test_a_redirect_to_what_is_no_web_address_is_not_followed(
-    location: str, studio: _Server, cache: DiskCache
+    location: str, studio: ImageHost, cache: DiskCache
 ) -> None:
-    studio.answers["/a.png"] = _redirect(location)
+    studio.answers["/a.png"] = host.redirect(location)
     with pytest.raises(ImageUnavailable):
         _source(studio.url, cache).fetch(1, "/a.png")
     assert len(studio.seen) == 1
@@ -632,9 +522,9 @@ def test_a_redirect_to_what_is_no_web_address_is_not_followed(
     ],
 )
 def test_a_refusal_by_label_studio_says_what_to_do(
-    path: str, status: int, advice: list[str], studio: _Server, cache: DiskCache
+    path: str, status: int, advice: list[str], studio: ImageHost, cache: DiskCache
 ) -> None:
-    studio.answers[urlsplit(path).path] = _status(status)
+    studio.answers[urlsplit(path).path] = host.empty(status)
     with pytest.raises(ImageUnavailable) as caught:
         _source(studio.url, cache).fetch(1, path)
     for part in [path, str(status), *advice]:
@@ -643,9 +533,9 @@ def test_a_refusal_by_label_studio_says_what_to_do(
 
 @pytest.mark.parametrize("status", [401, 403, 404, 500])
 def test_a_refusal_by_another_host_asks_for_access_without_a_login(
-    status: int, studio: _Server, elsewhere: _Server, cache: DiskCache
+    status: int, studio: ImageHost, elsewhere: ImageHost, cache: DiskCache
 ) -> None:
-    elsewhere.answers["/a.png"] = _status(status)
+    elsewhere.answers["/a.png"] = host.empty(status)
     with pytest.raises(ImageUnavailable) as caught:
         _source(studio.url, cache).fetch(1, f"{elsewhere.url}/a.png")
     assert str(status) in str(caught.value)
@@ -653,18 +543,18 @@ def test_a_refusal_by_another_host_asks_for_access_without_a_login(
     assert elsewhere.tokens == [None]
 
 
-def test_a_refusal_without_a_token_names_the_settings(studio: _Server, cache: DiskCache) -> None:
-    studio.answers["/data/upload/a.png"] = _status(401)
+def test_a_refusal_without_a_token_names_the_settings(studio: ImageHost, cache: DiskCache) -> None:
+    studio.answers["/data/upload/a.png"] = host.empty(401)
     with pytest.raises(ImageUnavailable, match="LABEL_STUDIO_API_KEY"):
         _source(studio.url, cache, token=None).fetch(1, "/data/upload/a.png")
     assert studio.tokens == [None]
 
 
 def test_a_token_that_has_just_run_out_is_tried_once_more(
-    studio: _Server, cache: DiskCache
+    studio: ImageHost, cache: DiskCache
 ) -> None:
-    def answer(handler: _Handler) -> None:
-        (_status(401) if len(studio.seen) == 1 else _bytes())(handler)
+    def answer(handler: Handler) -> None:
+        (host.empty(401) if len(studio.seen) == 1 else host.sent())(handler)
 
     studio.answers["/a.png"] = answer
     assert _source(studio.url, cache).fetch(1, "/a.png") == CONTENT
@@ -672,7 +562,7 @@ def test_a_token_that_has_just_run_out_is_tried_once_more(
 
 
 def test_a_host_that_nothing_answers_at_is_named(
-    make_server: Callable[[], _Server], cache: DiskCache
+    make_server: Callable[[], ImageHost], cache: DiskCache
 ) -> None:
     gone = make_server()
     gone.shutdown()
@@ -682,7 +572,7 @@ def test_a_host_that_nothing_answers_at_is_named(
     assert gone.url in str(caught.value)
 
 
-def test_no_text_holds_the_token(studio: _Server, cache: DiskCache) -> None:
+def test_no_text_holds_the_token(studio: ImageHost, cache: DiskCache) -> None:
     studio.answers["/drop.png"] = _hung_up
     for path in ("/missing.png", "/drop.png"):
         with pytest.raises(ImageUnavailable) as caught:
@@ -690,11 +580,23 @@ def test_no_text_holds_the_token(studio: _Server, cache: DiskCache) -> None:
         assert TOKEN not in str(caught.value)
 
 
+@pytest.mark.parametrize("token", ["geheim…", "geheim\r\nX-Other: a", "geheim\x00"])
+def test_what_cannot_be_a_token_is_named_and_neither_sent_nor_shown(
+    token: str, studio: ImageHost, cache: DiskCache
+) -> None:
+    with pytest.raises(ImageUnavailable, match="LABEL_STUDIO_API_KEY") as caught:
+        _source(studio.url, cache, token=token).fetch(1, "/a.png")
+    assert "geheim" not in str(caught.value)
+    assert studio.seen == []
+
+
 # The cache
 
 
-def test_an_image_is_read_once_and_kept_for_a_later_start(studio: _Server, tmp_path: Path) -> None:
-    studio.answers["/a.png"] = _bytes()
+def test_an_image_is_read_once_and_kept_for_a_later_start(
+    studio: ImageHost, tmp_path: Path
+) -> None:
+    studio.answers["/a.png"] = host.sent()
     for _ in range(2):
         source = _source(studio.url, DiskCache(tmp_path / "images", 10**6))
         assert source.fetch(1, "/a.png") == CONTENT
@@ -703,24 +605,24 @@ def test_an_image_is_read_once_and_kept_for_a_later_start(studio: _Server, tmp_p
 
 
 def test_two_label_studios_do_not_share_an_upload(
-    studio: _Server, elsewhere: _Server, cache: DiskCache
+    studio: ImageHost, elsewhere: ImageHost, cache: DiskCache
 ) -> None:
-    studio.answers["/data/upload/1/a.png"] = _bytes(b"one")
-    elsewhere.answers["/data/upload/1/a.png"] = _bytes(b"two")
+    studio.answers["/data/upload/1/a.png"] = host.sent(b"one")
+    elsewhere.answers["/data/upload/1/a.png"] = host.sent(b"two")
     assert _source(studio.url, cache).fetch(1, "/data/upload/1/a.png") == b"one"
     assert _source(elsewhere.url, cache).fetch(1, "/data/upload/1/a.png") == b"two"
 
 
-def test_a_refusal_is_not_kept(studio: _Server, cache: DiskCache) -> None:
+def test_a_refusal_is_not_kept(studio: ImageHost, cache: DiskCache) -> None:
     source = _source(studio.url, cache)
     with pytest.raises(ImageUnavailable):
         source.fetch(1, "/a.png")
-    studio.answers["/a.png"] = _bytes()
+    studio.answers["/a.png"] = host.sent()
     assert source.fetch(1, "/a.png") == CONTENT
 
 
-def test_a_size_of_nothing_turns_the_cache_off(studio: _Server, tmp_path: Path) -> None:
-    studio.answers["/a.png"] = _bytes()
+def test_a_size_of_nothing_turns_the_cache_off(studio: ImageHost, tmp_path: Path) -> None:
+    studio.answers["/a.png"] = host.sent()
     source = _source(studio.url, DiskCache(tmp_path / "images", 0))
     assert source.fetch(1, "/a.png") == CONTENT
     assert source.fetch(1, "/a.png") == CONTENT
@@ -789,11 +691,11 @@ def test_a_key_put_again_holds_the_new_content(tmp_path: Path) -> None:
 
 
 def test_where_nothing_can_be_written_images_are_still_read(
-    studio: _Server, tmp_path: Path
+    studio: ImageHost, tmp_path: Path
 ) -> None:
     in_the_way = tmp_path / "images"
     in_the_way.write_text("a file where the folder should be")
-    studio.answers["/a.png"] = _bytes()
+    studio.answers["/a.png"] = host.sent()
     source = _source(studio.url, DiskCache(in_the_way, 10**6))
     assert source.fetch(1, "/a.png") == CONTENT
     assert source.fetch(1, "/a.png") == CONTENT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,10 @@ def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
         ({"ML_BACKEND_WEBHOOK_SECRET": " sesame"}, ["ML_BACKEND_WEBHOOK_SECRET", "header"]),
         ({"DATABASE_URL": "postgresql://me@host:port/x"}, ["DATABASE_URL", "host:5432"]),
         ({"ML_BACKEND_CONFIG": "/no/such/file"}, ["ML_BACKEND_CONFIG"]),
+        *(
+            ({"ML_BACKEND_ALLOWED_IMAGE_HOSTS": f"minio, {wrong}"}, ["_IMAGE_HOSTS", wrong])
+            for wrong in ("http://minio", "minio:9000", "10.0.0", "10.0.0.0/33", "*", "a..b")
+        ),
     ],
 )
 def test_a_wrong_setting_is_named_in_one_line(environ: dict[str, str], names: list[str]) -> None:
@@ -81,6 +86,57 @@ def test_the_start_stops_with_one_line() -> None:
     assert ended.returncode == 2
     assert "ML_BACKEND_NO_SUCH" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_allowed_hosts_are_read_with_commas_between_them() -> None:
+    text = " minio,img-1.example.org, 10.0.0.7,192.168.0.0/16,fd00::/8,"
+    hosts = ("minio", "img-1.example.org", "10.0.0.7", "192.168.0.0/16", "fd00::/8")
+    assert load_settings({"ML_BACKEND_ALLOWED_IMAGE_HOSTS": text}).allowed_image_hosts == hosts
+
+
+AUTH = {"BASIC_AUTH_USER": "ann", "BASIC_AUTH_PASS": "sesame"}
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "localhost", "::1"])
+def test_this_machine_alone_needs_no_password(host: str) -> None:
+    load_settings({"HOST": host}).check_exposure()
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "8.8.8.8", "my-host"])
+def test_others_need_a_password_or_an_admin_who_says_that_they_need_none(host: str) -> None:
+    # The secret guards the webhook alone.
+    for more in ({}, {"ML_BACKEND_WEBHOOK_SECRET": "s3cret"}, {"ML_BACKEND_ALLOW_OPEN": "false"}):
+        with pytest.raises(SettingsError) as caught:
+            load_settings({"HOST": host, **more}).check_exposure()
+        for named in (host, "BASIC_AUTH_USER", "BASIC_AUTH_PASS", "ML_BACKEND_ALLOW_OPEN=true"):
+            assert named in str(caught.value)
+    load_settings({"HOST": host, **AUTH}).check_exposure()
+    load_settings({"HOST": host, "ML_BACKEND_ALLOW_OPEN": "true"}).check_exposure()
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        ["ml_backend.cli", "serve"],
+        ["gunicorn", "--config", str(ROOT / "config/gunicorn.conf.py"), "no:app"],
+    ],
+    ids=["serve", "gunicorn alone"],
+)
+def test_an_open_server_is_not_started(program: list[str], tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", *program],
+        env={**os.environ, "HOST": "0.0.0.0", "MODEL_DIR": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert "BASIC_AUTH_PASS" in ended.stderr
+    assert "ML_BACKEND_ALLOW_OPEN" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_predictions_leave_threads_for_the_rest() -> None:

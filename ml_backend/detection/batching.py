@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from ml_backend.detection.detector import Detector
+from ml_backend.detection.detector import Detector, Prepared
 from ml_backend.detection.types import Detections
 
 _log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class PredictorClosed(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    image: Image.Image
+    image: Prepared
     answer: Future[Detections]
 
 
@@ -64,7 +64,8 @@ class BatchingPredictor:
         """
         if self._closed:
             raise PredictorClosed("the predictor was closed")
-        asked = _Asked(image, Future())
+        # Here, so that those who wait hold no more than the detector needs, and it need not wait.
+        asked = _Asked(self._detector.prepare(image), Future())
         self._asked.put(asked)
         return asked.answer
 

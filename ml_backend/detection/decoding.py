@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,11 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 
 MAX_PIXELS = 100_000_000
 """Pixels of an image, where nothing else is said."""
+
+_LARGE = 16_000_000
+"""Pixels from which on an image is decoded while no other such one is: an image of a few kilobytes
+may take a gigabyte on its way to RGB."""
+_one_large = threading.Lock()
 
 # Pillow's own guard warns first and counts differently: ours stands in `decode_image`, per call.
 Image.MAX_IMAGE_PIXELS = None
@@ -40,14 +47,15 @@ def decode_image(source: bytes | Path, *, max_pixels: int = MAX_PIXELS) -> Image
         raise UndecodableImage("the image is empty (0 bytes)")
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            if image.width * image.height > max_pixels:
+            pixels = image.width * image.height
+            if pixels > max_pixels:
                 raise UndecodableImage(
                     f"the image has {image.width} x {image.height} pixels, more than the "
                     f"{max_pixels:,} allowed (ML_BACKEND_IMAGE_MAX_PIXELS)"
                 )
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            return _to_rgb(upright)
+            with _one_large if pixels > _LARGE else nullcontext():
+                image.load()
+                return _to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
         raise UndecodableImage(_not_an_image(content)) from None
     except (OSError, SyntaxError, ValueError, MemoryError, EOFError) as error:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from safetensors import SafetensorError
@@ -30,12 +32,30 @@ from ml_backend.detection.zoo import (
 
 FLOOR = 0.02
 """Confidence of the network down to which boxes are looked at; thresholds decide what is shown."""
+_ENOUGH = 2
+"""Times the preset's `max_size` that the longer side of a prepared image has at least, where the
+image itself has more."""
 _WEIGHTS = "model.safetensors"
 _CARD = "detector.json"
 
 
 class CorruptDetector(ValueError):
     """A saved detector cannot be used; the text names the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """An image as a batch takes it: of a size that a batch of any images fits into memory.
+
+    Attributes:
+        pixels: uint8 `[H, W, 3]`.
+        size: width and height of the image that it was, in pixels.
+        factor: how many of its pixels became one, in either direction.
+    """
+
+    pixels: npt.NDArray[np.uint8]
+    size: tuple[int, int]
+    factor: int
 
 
 class Detector:
@@ -128,14 +148,34 @@ class Detector:
             self.preset, labels, module, self.weights, self.device, thresholds, calibration
         )
 
+    def prepare(self, image: Image.Image | np.ndarray[Any, Any]) -> Prepared:
+        """Shrinks an image that is far larger than what the network looks at.
+
+        Args:
+            image: RGB, uint8: a Pillow image or an `[H, W, 3]` array.
+        """
+        picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        most = self.preset.max_size
+        factor = max(1, max(picture.size) // (_ENOUGH * most))
+        pixels = np.array(picture.reduce(factor), np.uint8)
+        # The network shrinks it once more: of a strip a few pixels wide nothing would be left.
+        least = max(pixels.shape[:2]) // most + 1
+        lacking = [max(0, least - side) for side in pixels.shape[:2]]
+        if any(lacking):
+            pixels = np.pad(pixels, [(0, lacking[0]), (0, lacking[1]), (0, 0)], mode="edge")
+        return Prepared(pixels, picture.size, factor)
+
     @torch.inference_mode()
     def predict(
-        self, images: Sequence[Image.Image | np.ndarray[Any, Any]], *, floor: float = FLOOR
+        self,
+        images: Sequence[Image.Image | np.ndarray[Any, Any] | Prepared],
+        *,
+        floor: float = FLOOR,
     ) -> list[Detections]:
         """Finds boxes in a batch of images, in one forward pass.
 
         Args:
-            images: RGB, uint8, any sizes: Pillow images or `[H, W, 3]` arrays.
+            images: RGB, uint8, any sizes: Pillow images, `[H, W, 3]` arrays, or prepared ones.
             floor: boxes of which the network is less sure are left out.
 
         Returns:
@@ -144,7 +184,8 @@ class Detector:
         """
         if not images:
             return []
-        tensors = [self._to_tensor(image) for image in images]
+        prepared = [i if isinstance(i, Prepared) else self.prepare(i) for i in images]
+        tensors = [self._to_tensor(image.pixels) for image in prepared]
         with (
             embeddings_of(self.module) as seen,
             torch.autocast(
@@ -153,13 +194,8 @@ class Detector:
         ):
             outputs = self.module(tensors)
         return [
-            self._detections(
-                output,
-                floor,
-                seen.rows[i] if seen.rows else None,
-                (tensor.shape[2], tensor.shape[1]),
-            )
-            for i, (output, tensor) in enumerate(zip(outputs, tensors, strict=True))
+            self._detections(output, floor, seen.rows[i] if seen.rows else None, image)
+            for i, (output, image) in enumerate(zip(outputs, prepared, strict=True))
         ]
 
     def save(self, folder: Path) -> None:
@@ -202,20 +238,22 @@ class Detector:
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise CorruptDetector(f"{folder} holds no usable detector: {error}") from error
 
-    def _to_tensor(self, image: Image.Image | np.ndarray[Any, Any]) -> torch.Tensor:
-        pixels = torch.from_numpy(np.array(image, np.uint8)).permute(2, 0, 1)
-        return pixels.to(self.device, non_blocking=True).float().div_(255)
+    def _to_tensor(self, pixels: npt.NDArray[np.uint8]) -> torch.Tensor:
+        tensor = torch.from_numpy(pixels).permute(2, 0, 1)
+        return tensor.to(self.device, non_blocking=True).float().div_(255)
 
     def _detections(
         self,
         output: dict[str, torch.Tensor],
         floor: float,
         embedding: FloatArray | None,
-        size: tuple[int, int],
+        image: Prepared,
     ) -> Detections:
         labels = output["labels"].cpu().numpy() - 1
         scores = output["scores"].float().cpu().numpy()
         boxes = output["boxes"].float().cpu().numpy()
+        # Back to the image's own pixels, and within it.
+        boxes = np.minimum(boxes * image.factor, np.array(image.size * 2, np.float32))
         # Output 0 is nobody's label; a box without an area shows nothing.
         area = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
         keep = (labels >= 0) & (scores >= floor) & area
@@ -225,6 +263,6 @@ class Detector:
             scores[order].astype(np.float32),
             labels[order].astype(np.int64),
             embedding,
-            size,
+            image.size,
         )
         return calibrate(found, self.labels, self.calibration)

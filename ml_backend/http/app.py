@@ -14,6 +14,7 @@ from ml_backend.http import (
     health,
     job_status,
     metrics,
+    openapi,
     predict,
     rarely_called,
     setup,
@@ -60,6 +61,7 @@ def create_app(backend: Backend | None = None) -> Flask:
         job_status,
         rarely_called,
         metrics,
+        openapi,
     ):
         app.register_blueprint(part.blueprint)
     # A device that cannot be used stops the start, and the first request waits for nothing.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import threading
 from typing import Any, TypeVar, cast
 
 from flask import current_app, request
 from pydantic import BaseModel, ValidationError
+from werkzeug.exceptions import RequestEntityTooLarge
 
 from ml_backend.backend import Backend
 from ml_backend.http.errors import BadRequest
@@ -16,7 +18,11 @@ from ml_backend.learning import projects
 from ml_backend.store.tables import Project
 
 Body = TypeVar("Body", bound=BaseModel)
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+# Where it occurs, what was read may hold half a character, or NUL: that takes a closer look.
+_SUSPECT = re.compile(rb"\\u(?:[dD][89a-fA-F]|0000)")
+DEEPEST = 100
+"""Levels of a body: what is deeper is read by one process and not by the next, whose calls are."""
+_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 
 def backend() -> Backend:
@@ -33,18 +39,57 @@ def read_json() -> dict[str, Any]:
     """The request's body, a JSON object.
 
     Raises:
-        BadRequest: it is something else, or holds half a character (a lone surrogate), which no
-            database and no answer can hold.
+        BadRequest: it is something else, or holds what no database and no answer can hold: half a
+            character (a lone surrogate), NUL, NaN, an infinite number, or level upon level.
+        RequestEntityTooLarge: it is larger than the settings allow.
     """
-    content = request.get_json(force=True, silent=True)
+    limit = request.max_content_length
+    # A body in chunks says its size by its end, and is cut off at the limit.
+    if request.content_length is None and limit and len(request.get_data()) >= limit:
+        raise RequestEntityTooLarge
+    data = request.get_data()
+    try:
+        # UTF-8 alone (RFC 8259): other charsets would hide from the look below what it looks for.
+        text = data.decode("utf-8-sig")
+        content = json.loads(text, parse_constant=_finite, parse_float=_finite)
+    except BadRequest:
+        raise
+    except ValueError:
+        content = None
     if not isinstance(content, dict):
         raise BadRequest("the body must be a JSON object")
-    if _SURROGATE.search(request.get_data()):
+    if _SUSPECT.search(data):
+        text = json.dumps(content, ensure_ascii=False)
         try:
-            json.dumps(content, ensure_ascii=False).encode()
+            text.encode()
         except UnicodeEncodeError:
             raise BadRequest("the body holds text that is not valid Unicode") from None
+        if _NUL.search(text):
+            raise BadRequest("the body holds text with the character NUL")
+    if _is_deep(content):
+        raise BadRequest(f"the body is nested too deeply: {DEEPEST} levels are enough")
     return content
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise BadRequest(f"the body holds a number that is not finite: {text[:40]}")
+    return number
+
+
+def _is_deep(content: dict[str, Any]) -> bool:
+    level: list[dict[str, Any] | list[Any]] = [content]
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def read_body(model: type[Body]) -> Body:

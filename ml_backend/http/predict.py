@@ -47,10 +47,11 @@ def predict() -> dict[str, Any]:
         return {"results": []}
     if body.project and body.label_config:
         key = parse_project_key(body.project)
+        config = parse_label_config(body.label_config)
         project = backend().ingest.introduce(key.key, key.id, label_config=body.label_config)
     else:
         project = find_project(body.project or "")
-    config = parse_label_config(body.label_config or project.label_config)
+        config = parse_label_config(body.label_config or project.label_config)
     tasks = [task.model_dump() for task in body.tasks]
     # Without waiting: whoever waits takes a thread from health, setup and webhooks.
     if predicting().acquire(blocking=False):

@@ -106,6 +106,11 @@ class LabelStudioClient:
         Raises:
             LabelStudioError: the token has expired, or cannot be exchanged.
         """
+        if not (self.token.isascii() and self.token.isprintable()):
+            raise Unauthorized(
+                f"{self.url}: LABEL_STUDIO_API_KEY holds letters that no token has: copy it anew "
+                "from Account & Settings"
+            )
         try:
             with self._lock:
                 if self._sdk is None:

@@ -1,7 +1,8 @@
 """Getting at a task's image, wherever Label Studio keeps it.
 
 Label Studio's token goes to Label Studio's own address alone: redirects are followed by hand, and
-the token stays behind where one leads elsewhere.
+the token stays behind where one leads elsewhere. Which addresses are reached at all is decided by
+`addresses.Guard`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import requests
 from urllib3.exceptions import HTTPError, LocationParseError
 from urllib3.util import parse_url
 
+from ml_backend.label_studio.addresses import AddressRefused, Guard, origin_of
 from ml_backend.label_studio.client import LabelStudioClient, LabelStudioError, as_it_is
 
 _log = logging.getLogger(__name__)
@@ -132,6 +134,7 @@ class ImageSource:
         timeout: seconds that one image may take in all.
         other_urls: addresses under which others reach the same Label Studio, and which it therefore
             writes into tasks (LABEL_STUDIO_HOST on its side).
+        allowed_hosts: hosts and networks besides public ones that images may come from.
     """
 
     def __init__(
@@ -143,9 +146,12 @@ class ImageSource:
         max_bytes: int,
         timeout: float,
         other_urls: Iterable[str] = (),
+        allowed_hosts: Iterable[str] = (),
     ) -> None:
         self._other_urls = tuple(other_urls)
         self._base_url = base_url.rstrip("/") if base_url else None
+        own = (self._base_url, *self._other_urls)
+        self._guard = Guard(filter(None, own), allowed_hosts)
         self._client = client
         self._cache = cache
         self._max_bytes = max_bytes
@@ -197,7 +203,7 @@ class ImageSource:
             return None
         for url in (self._base_url, *self._other_urls):
             try:
-                if url is None or _origin(value) != _origin(url):
+                if url is None or origin_of(value) != origin_of(url):
                     continue
                 # With the dots of /data/upload/../ resolved, as they are in a request.
                 path = parse_url(value).request_uri
@@ -257,6 +263,8 @@ class ImageSource:
                     if response.status_code >= 400:
                         raise ImageUnavailable(self._refused(address, response.status_code))
                     return self._read(address, response, deadline)
+            except AddressRefused as error:
+                raise ImageUnavailable(f"{address} is not read: {error}") from error
             except (requests.RequestException, HTTPError, ValueError) as error:
                 # While the body is read, errors are urllib3's own; ValueError: no valid address.
                 raise ImageUnavailable(
@@ -309,14 +317,14 @@ class ImageSource:
     @property
     def _session(self) -> requests.Session:
         if not hasattr(self._local, "session"):
-            self._local.session = requests.Session()
+            self._local.session = self._guard.session()
         session = self._local.session
         assert isinstance(session, requests.Session)
         return session
 
     def _is_own(self, address: str) -> bool:
         try:
-            return self._base_url is not None and _origin(address) == _origin(self._base_url)
+            return self._base_url is not None and origin_of(address) == origin_of(self._base_url)
         except LocationParseError:
             return False
 
@@ -334,17 +342,6 @@ class ImageSource:
         if status in (401, 403):
             return f"{what}: the user of LABEL_STUDIO_API_KEY may not see it"
         return f"{what}: is the file still there?"
-
-
-def _origin(address: str) -> tuple[str | None, str | None, int | None]:
-    # By the parser that decides where the request goes: urlsplit sees another host in
-    # http://other.example\@label-studio.example/.
-    parts = parse_url(address)
-    return (
-        parts.scheme,
-        parts.host,
-        parts.port or {"http": 80, "https": 443}.get(parts.scheme or ""),
-    )
 
 
 def _inline(value: str, max_bytes: int) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 from xml.etree.ElementTree import Element, ParseError
@@ -14,6 +14,9 @@ from defusedxml.ElementTree import fromstring
 from label_studio_sdk.label_interface.control_tags import ControlTag
 from label_studio_sdk.label_interface.interface import LabelInterface
 from label_studio_sdk.label_interface.object_tags import ObjectTag
+
+LARGEST = 1_000_000
+"""Characters of a label config: one with 20,000 labels has half as many."""
 
 
 class LabelConfigError(ValueError):
@@ -134,9 +137,16 @@ def parse_label_config(xml: str) -> LabelConfig:
         # The parser's errors are of many kinds; each means that the config is not valid.
         raise InvalidLabelConfig(f"the label config is not valid: {error}") from error
     found: list[BoxControl] = []
+    # Of several on an image the first counts.
+    labels_of = {
+        image: control
+        for control in reversed(controls)
+        if control.tag == "Labels" and control.name and _labels(control)
+        for image in control.to_name or ()
+    }
     for control in controls:
         for image in (objects[name] for name in control.to_name or () if name in objects):
-            box = _box_control(control, controls, image)
+            box = _box_control(control, labels_of, image)
             if box is not None:
                 found.append(box)
     if not found:
@@ -181,6 +191,8 @@ def _known(names: Iterable[str], by_name: dict[str, str]) -> tuple[str, ...]:
 def _checked(xml: str) -> Element:
     if not xml.strip():
         raise InvalidLabelConfig("the label config is empty: write one in the project's settings")
+    if len(xml) > LARGEST:
+        raise InvalidLabelConfig(f"the label config has more than {LARGEST:,} characters")
     try:
         root: Element = fromstring(xml, forbid_dtd=True)
     except DefusedXmlException:
@@ -193,7 +205,7 @@ def _checked(xml: str) -> Element:
 
 
 def _box_control(
-    control: ControlTag, controls: Sequence[ControlTag], image: ObjectTag
+    control: ControlTag, labels_of: Mapping[str, ControlTag], image: ObjectTag
 ) -> BoxControl | None:
     # Without the dollar sign it is an address of its own, not a field of the task's data.
     key = image.value_name if (image.value or "").startswith("$") else None
@@ -212,23 +224,17 @@ def _box_control(
             labels,
             _threshold(control),
         )
-    if control.tag == "Rectangle":
-        for other in controls:
-            if (
-                other.tag == "Labels"
-                and other.name
-                and image.name in (other.to_name or ())
-                and _labels(other)
-            ):
-                return BoxControl(
-                    "rectangle+labels",
-                    control.name,
-                    other.name,
-                    image.name,
-                    key,
-                    _labels(other),
-                    _threshold(control, other),
-                )
+    other = labels_of.get(image.name)
+    if control.tag == "Rectangle" and other is not None and other.name:
+        return BoxControl(
+            "rectangle+labels",
+            control.name,
+            other.name,
+            image.name,
+            key,
+            _labels(other),
+            _threshold(control, other),
+        )
     return None
 
 

@@ -67,6 +67,7 @@ class LabelStudios:
                     max_bytes=self._settings.image_max_bytes,
                     timeout=self._settings.image_timeout,
                     other_urls=[project.url] if project.url else [],
+                    allowed_hosts=self._settings.allowed_image_hosts,
                 )
             return self._sources[key]
 

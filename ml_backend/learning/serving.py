@@ -160,14 +160,18 @@ class Serving:
                 _log.exception("task %s gets no prediction: its image could not be read", number)
                 return None
             try:
-                candidates = model.predictor.submit(image).result()
+                asked = model.predictor.submit(image)
+                width, height = image.size
+                # It may be large, and others wait before it.
+                del image
+                candidates = asked.result()
             except Exception:
                 # Whatever one image does to the model, the others are answered.
                 IMAGE_FAILURES.labels("model").inc()
                 _log.exception("task %s gets no prediction: the model failed on it", number)
                 return None
             images_of_task.append(candidates)
-            regions += _regions(model, config, controls, candidates, image.width, image.height)
+            regions += _regions(model, config, controls, candidates, width, height)
         blind = isinstance(number, int) and is_blind(number, self._settings.blind_share)
         return _Found([] if blind else regions, images_of_task)
 

@@ -1,0 +1,187 @@
+"""Which addresses images are fetched from.
+
+Image addresses come from people, and this machine reaches what they do not: its own services, its
+network, its cloud's metadata. So a name is resolved once, what it leads to is checked, and that
+very address is connected to: a name that leads elsewhere a moment later (DNS rebinding) gains
+nothing, and each redirect is a connection of its own. What is checked here are addresses, never
+spellings: `http://2130706433/` is `127.0.0.1` as well.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
+
+import requests
+from requests.adapters import HTTPAdapter
+from requests.utils import select_proxy
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.exceptions import LocationParseError
+from urllib3.util import parse_url
+from urllib3.util.connection import allowed_gai_family, create_connection
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Origin = tuple[str | None, str | None, int | None]
+
+_TRIED = 3
+"""Addresses of one name that are tried: each may take the whole timeout."""
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_NOT_PUBLIC = (
+    # Local by their purpose, which the standard library does not know in every release.
+    ipaddress.ip_network("192.0.0.0/24"),
+    ipaddress.ip_network("64:ff9b:1::/48"),
+    # Azure's host, which answers its virtual machines' questions for settings and secrets.
+    ipaddress.ip_network("168.63.129.16/32"),
+)
+
+
+class AddressRefused(RuntimeError):
+    """An address lies in this machine's own network; the text says what allows it."""
+
+
+class Guard:
+    """Decides which addresses may be connected to.
+
+    Any public one; what an admin allows; and Label Studio's own scheme, host and port, wherever
+    that leads.
+
+    Args:
+        own: Label Studio's addresses.
+        allowed: names of hosts, addresses, and networks (`10.0.0.0/8`).
+    """
+
+    def __init__(self, own: Iterable[str], allowed: Iterable[str]) -> None:
+        self._own: set[Origin] = set()
+        for url in own:
+            # What `/setup` brought along may be no address at all.
+            with suppress(LocationParseError):
+                self._own.add(origin_of(url))
+        self._names: set[str] = set()
+        self._networks: list[ipaddress.IPv4Network | ipaddress.IPv6Network] = []
+        for entry in allowed:
+            try:
+                self._networks.append(ipaddress.ip_network(entry, strict=False))
+            except ValueError:
+                self._names.add(entry.lower())
+
+    def resolve(self, scheme: str, host: str, port: int) -> list[str]:
+        """What a host's name leads to, as far as it may be connected to.
+
+        Raises:
+            AddressRefused: nothing of it may be.
+            OSError: it leads nowhere.
+        """
+        host = host.strip("[]").lower()
+        rows = socket.getaddrinfo(host, port, allowed_gai_family(), socket.SOCK_STREAM)
+        found = list(dict.fromkeys(str(row[4][0]) for row in rows))
+        if (scheme, host, port) in self._own or host in self._names:
+            return found
+        open_ones = [address for address in found if self.allows(address)]
+        if not open_ones:
+            raise AddressRefused(
+                f"{host} leads to {found[0]}, which is in this machine's own network: if images "
+                f"may come from there, add {host} to ML_BACKEND_ALLOWED_IMAGE_HOSTS"
+            )
+        return open_ones
+
+    def allows(self, address: str) -> bool:
+        """Whether an address in numbers may be connected to, whatever name leads there."""
+        plain = _plain(ipaddress.ip_address(address))
+        return _is_public(plain) or any(plain in network for network in self._networks)
+
+    def session(self) -> requests.Session:
+        """A session whose every connection is checked; for one thread."""
+        session = requests.Session()
+        for scheme in ("http://", "https://"):
+            session.mount(scheme, _Adapter(self))
+        return session
+
+
+def origin_of(url: str) -> Origin:
+    """Scheme, host and port of an address.
+
+    Raises:
+        LocationParseError: it has none.
+    """
+    # By the parser that decides where the request goes: urlsplit sees another host in
+    # http://other.example\\@label-studio.example/.
+    parts = parse_url(url)
+    port = parts.port or {"http": 80, "https": 443}.get(parts.scheme or "")
+    return parts.scheme, parts.host.strip("[]") if parts.host else None, port
+
+
+def _plain(address: Address) -> Address:
+    """The IPv4 address that an IPv6 address stands for, where it stands for one."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return address
+    if address in _NAT64:
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.ipv4_mapped or address.sixtofour or address
+
+
+def _is_public(address: Address) -> bool:
+    # What is reserved includes IPv6's older ways to spell an IPv4 address.
+    return (
+        address.is_global
+        and not (address.is_multicast or address.is_reserved)
+        and not (isinstance(address, ipaddress.IPv6Address) and address.is_site_local)
+        and not any(address in network for network in _NOT_PUBLIC)
+    )
+
+
+class _Adapter(HTTPAdapter):
+    """Connects through a guard."""
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
+        super().__init__()
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, **kwargs)
+        self.poolmanager.pool_classes_by_scheme = _pools(self._guard)
+
+    def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> Any:
+        proxy = select_proxy(request.url or "", kwargs.get("proxies"))
+        if proxy is not None:
+            # The proxy connects, and has the last word; names may be known to it alone.
+            scheme, host, port = origin_of(request.url or "")
+            with suppress(OSError):
+                self._guard.resolve(scheme or "", host or "", port or 0)
+        return super().send(request, *args, **kwargs)
+
+
+def _pools(guard: Guard) -> dict[str, type[HTTPConnectionPool]]:
+    class Plain(HTTPConnection):
+        def _new_conn(self) -> socket.socket:
+            return _connect(guard, "http", self)
+
+    class Encrypted(HTTPSConnection):
+        def _new_conn(self) -> socket.socket:
+            return _connect(guard, "https", self)
+
+    class PlainPool(HTTPConnectionPool):
+        ConnectionCls = Plain
+
+    class EncryptedPool(HTTPSConnectionPool):
+        ConnectionCls = Encrypted
+
+    return {"http": PlainPool, "https": EncryptedPool}
+
+
+def _connect(guard: Guard, scheme: str, connection: HTTPConnection) -> socket.socket:
+    failure = OSError(f"{connection.host} leads nowhere")
+    for address in guard.resolve(scheme, connection.host, connection.port)[:_TRIED]:
+        try:
+            return create_connection(
+                (address, connection.port),
+                connection.timeout,
+                source_address=connection.source_address,
+                socket_options=connection.socket_options,
+            )
+        except OSError as error:
+            failure = error
+    raise failure
