@@ -86,8 +86,10 @@ def running_postgresql() -> Iterator[PostgreSQL]:
         settings = [f"--{key}={value}" for key, value in _SETTINGS.items()]
         with (folder / "log").open("wb") as log:
             process = subprocess.Popen(
-                [initdb.with_name("postgres"), "-D", folder / "data", f"--port={server.port}"]
-                + settings,
+                [
+                    *(initdb.with_name("postgres"), "-D", folder / "data"),
+                    *(f"--port={server.port}", *settings),
+                ],
                 user=account.pw_uid,
                 group=account.pw_gid,
                 cwd=folder,

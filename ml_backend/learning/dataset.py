@@ -18,7 +18,7 @@ from typing import cast
 from urllib.parse import quote
 
 import numpy as np
-from sqlalchemy import select, update
+from sqlalchemy import bindparam, select, update
 
 from ml_backend.detection.decoding import UndecodableImage, decode_image
 from ml_backend.detection.types import Sample
@@ -27,7 +27,7 @@ from ml_backend.label_studio.label_config import BoxControl, LabelConfig
 from ml_backend.label_studio.regions import read_regions
 from ml_backend.learning.acquisition import is_left_to_chance
 from ml_backend.learning.split import Item, Side, assign, fingerprint
-from ml_backend.store.database import Database
+from ml_backend.store.database import Database, in_chunks
 from ml_backend.store.tables import Annotation, Project, Task
 
 _log = logging.getLogger(__name__)
@@ -241,16 +241,27 @@ def _sides(
         )
     # Those decided before come first, so that new ones join them and not the other way round.
     assign(sorted(items.values(), key=lambda item: (item.clip is None, item.task)))
-    fresh = [items[f.task.label_studio_id] for f in found if f.task.side is None]
-    with database.session() as session:
-        for item in fresh:
-            session.execute(
-                update(Task)
-                .where(
-                    Task.project_id == project_id,
-                    Task.label_studio_id == item.task,
-                    Task.side.is_(None),
-                )
-                .values(fingerprint=item.fingerprint, clip=item.clip, side=item.side)
-            )
+    fresh = {
+        f.task.label_studio_id: items[f.task.label_studio_id] for f in found if f.task.side is None
+    }
+    rows = (
+        {"task": item.task, "mark": item.fingerprint, "of": item.clip, "is": item.side}
+        for item in fresh.values()
+    )
+    statement = (
+        update(Task)
+        .where(
+            Task.project_id == project_id,
+            Task.label_studio_id == bindparam("task"),
+            Task.side.is_(None),
+        )
+        .values(fingerprint=bindparam("mark"), clip=bindparam("of"), side=bindparam("is"))
+    )
+    # A few at a time, so that webhooks can be stored in between.
+    for chunk in in_chunks(rows):
+        with database.session() as session:
+            # Whoever changes tasks holds their project first: in other orders, two would wait for
+            # each other.
+            session.get_one(Project, project_id, with_for_update=True)
+            session.connection().execute(statement, chunk)
     return items

@@ -5,7 +5,17 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar
 
-from sqlalchemy import JSON, BigInteger, DateTime, ForeignKey, Index, String, Text, UniqueConstraint
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    DateTime,
+    ForeignKey,
+    Index,
+    String,
+    Text,
+    UniqueConstraint,
+    text,
+)
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
@@ -107,7 +117,15 @@ class Task(Base):
     """A task of a project, as far as it was heard of."""
 
     __tablename__ = "tasks"
-    __table_args__ = (UniqueConstraint("project_id", "label_studio_id"),)
+    __table_args__ = (
+        UniqueConstraint("project_id", "label_studio_id"),
+        Index(
+            "ix_tasks_deleted",
+            *("project_id", "label_studio_id"),
+            sqlite_where=text("deleted_at IS NOT NULL"),
+            postgresql_where=text("deleted_at IS NOT NULL"),
+        ),
+    )
 
     id: Mapped[int] = mapped_column(primary_key=True)
     project_id: Mapped[int] = mapped_column(ForeignKey("projects.id", ondelete="CASCADE"))
@@ -131,6 +149,13 @@ class Annotation(Base):
         UniqueConstraint("project_id", "label_studio_id"),
         Index("ix_annotations_task", "project_id", "task_id"),
         Index("ix_annotations_revision", "project_id", "revision"),
+        # What is counted after every change: without it all regions would be read for that.
+        Index(
+            "ix_annotations_live",
+            *("project_id", "task_id"),
+            sqlite_where=text("deleted_at IS NULL AND was_cancelled IS 0"),
+            postgresql_where=text("deleted_at IS NULL AND was_cancelled IS false"),
+        ),
     )
 
     id: Mapped[int] = mapped_column(primary_key=True)

@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import requests
 import torch
 import typer
 from rich.console import Console
