@@ -23,6 +23,8 @@ from ml_backend.demo.label_studio_server import (
 )
 from ml_backend.detection.detector import Detector
 from ml_backend.learning.promotion import Verdict
+from ml_backend.settings import load_settings
+from tests.distributed import PostgreSQL, running_postgresql, running_redis
 
 ROOT = Path(__file__).parents[1]
 CAPTURES = Path(__file__).parent / "captures"
@@ -72,6 +74,30 @@ def label_studio_program() -> Path:
     if not program.is_file():
         pytest.fail(f"there is no {program}: `make test` installs Label Studio")
     return program
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[PostgreSQL]:
+    """A PostgreSQL server, one for the whole run; each test empties its database first."""
+    with running_postgresql() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis_url() -> Iterator[str]:
+    """Address of a Redis, one for the whole run."""
+    with running_redis() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Address of an empty database, as the settings give it: a test runs on each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'test.db'}"
+    server: PostgreSQL = request.getfixturevalue("postgresql")
+    server.empty()
+    return load_settings({"DATABASE_URL": server.url}).database
 
 
 class RunningBackend:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -40,8 +41,8 @@ PROJECT = ProjectInfo("7.1795463889", 7, "cells", "<View/>", None, None)
 class Loop:
     """A project, its annotations and its jobs."""
 
-    def __init__(self, folder: Path, **settings: str) -> None:
-        self.database = Database(f"sqlite:///{folder / 'test.db'}")
+    def __init__(self, url: str, folder: Path, **settings: str) -> None:
+        self.database = Database(url)
         self.database.migrate()
         self.ingest = Ingest(self.database)
         self.versions = Versions(self.database, Registry(folder))
@@ -125,9 +126,19 @@ class Loop:
 
 
 @pytest.fixture
-def loop(tmp_path: Path) -> Loop:
+def loop(database_url: str, tmp_path: Path) -> Iterator[Loop]:
     """A loop without a quiet time."""
-    return Loop(tmp_path)
+    loop = Loop(database_url, tmp_path)
+    yield loop
+    loop.database.close()
+
+
+@pytest.fixture
+def patient_loop(database_url: str, tmp_path: Path) -> Iterator[Loop]:
+    """A loop with a quiet time of ten minutes."""
+    loop = Loop(database_url, tmp_path, ML_BACKEND_TRAIN_DELAY="600")
+    yield loop
+    loop.database.close()
 
 
 def test_it_says_how_many_tasks_are_missing_and_keeps_one_job(loop: Loop) -> None:
@@ -154,50 +165,49 @@ def test_a_waiting_training_is_queued_once_there_is_enough(loop: Loop) -> None:
     assert again.reason == due.reason
 
 
-def test_the_quiet_time_is_waited_for(tmp_path: Path) -> None:
-    loop = Loop(tmp_path, ML_BACKEND_TRAIN_DELAY="600")
-    loop.annotate(range(1, 11))
-    asked = loop.ask()
+def test_the_quiet_time_is_waited_for(patient_loop: Loop) -> None:
+    patient_loop.annotate(range(1, 11))
+    asked = patient_loop.ask()
     assert (asked.state, asked.enqueue) == ("waiting", False)
-    assert asked.reason.startswith("quiet time: starts at ")
-    until = loop.jobs.waiting_until(loop.project_id)
-    changed = loop.project().changed_at
+    until = patient_loop.jobs.waiting_until(patient_loop.project_id)
+    assert until is not None
+    at = until.astimezone(UTC)
+    assert asked.reason.startswith(f"quiet time: starts at {at:%H:%M:%S} UTC")
+    changed = patient_loop.project().changed_at
     assert changed is not None
     assert until == changed + timedelta(seconds=600)
     # One more annotation begins it anew.
-    loop.annotate(range(11, 12))
-    assert loop.ask().job == asked.job
-    later = loop.jobs.waiting_until(loop.project_id)
+    patient_loop.annotate(range(11, 12))
+    assert patient_loop.ask().job == asked.job
+    later = patient_loop.jobs.waiting_until(patient_loop.project_id)
     assert later is not None
     assert later > until
-    with loop.database.session() as session:
+    with patient_loop.database.session() as session:
         session.execute(update(Project).values(changed_at=now() - timedelta(seconds=601)))
-    due = loop.ask()
+    due = patient_loop.ask()
     assert (due.job, due.state, due.enqueue) == (asked.job, "queued", True)
-    assert loop.jobs.waiting_until(loop.project_id) is None
+    assert patient_loop.jobs.waiting_until(patient_loop.project_id) is None
 
 
-def test_annotators_who_never_pause_get_their_training_all_the_same(tmp_path: Path) -> None:
-    loop = Loop(tmp_path, ML_BACKEND_TRAIN_DELAY="600")
-    loop.annotate(range(1, 11))
-    number = loop.ask().job
+def test_annotators_who_never_pause_get_their_training_all_the_same(patient_loop: Loop) -> None:
+    patient_loop.annotate(range(1, 11))
+    number = patient_loop.ask().job
     for passed in (PATIENCE * 300, PATIENCE * 300 + 1):
-        assert loop.job(number).state == "waiting"
-        loop.annotate(range(11, 12))
-        loop.enough_for(number, passed)
-        loop.ask()
-    assert loop.job(number).state == "queued"
+        assert patient_loop.job(number).state == "waiting"
+        patient_loop.annotate(range(11, 12))
+        patient_loop.enough_for(number, passed)
+        patient_loop.ask()
+    assert patient_loop.job(number).state == "queued"
 
 
-def test_the_button_does_not_wait_for_the_quiet_time(tmp_path: Path) -> None:
-    loop = Loop(tmp_path, ML_BACKEND_TRAIN_DELAY="600")
-    loop.annotate(range(1, 4))
-    waiting = loop.ask()
-    pressed = loop.ask(forced=True)
+def test_the_button_does_not_wait_for_the_quiet_time(patient_loop: Loop) -> None:
+    patient_loop.annotate(range(1, 4))
+    waiting = patient_loop.ask()
+    pressed = patient_loop.ask(forced=True)
     assert (pressed.job, pressed.state, pressed.enqueue) == (waiting.job, "queued", True)
     assert pressed.reason == "asked for, with 3 annotated tasks"
-    assert loop.job(pressed.job).trigger == "button"
-    assert loop.jobs.claim(pressed.job) is not None
+    assert patient_loop.job(pressed.job).trigger == "button"
+    assert patient_loop.jobs.claim(pressed.job) is not None
 
 
 def test_while_one_runs_it_says_how_far_it_is(loop: Loop) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -88,8 +89,8 @@ def test_a_card_tells_the_boxes_of_each_label() -> None:
 class Versioned:
     """A project, its versions and their artefacts."""
 
-    def __init__(self, folder: Path) -> None:
-        self.database = Database(f"sqlite:///{folder / 'test.db'}")
+    def __init__(self, url: str, folder: Path) -> None:
+        self.database = Database(url)
         self.database.migrate()
         self.folder = folder
         self.registry = Registry(folder)
@@ -142,9 +143,11 @@ class Versioned:
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Versioned:
+def project(database_url: str, tmp_path: Path) -> Iterator[Versioned]:
     """A project without a version."""
-    return Versioned(tmp_path)
+    project = Versioned(database_url, tmp_path)
+    yield project
+    project.database.close()
 
 
 def test_a_better_version_goes_live_and_retires_the_one_before(project: Versioned) -> None:

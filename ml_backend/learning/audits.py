@@ -199,6 +199,9 @@ class Audits:
         self._label_studios = label_studios
         self._turn = threading.Lock()
         self._away: set[int] = set()
+        # By project: up to where nothing is left to count, and whose cards are to be written.
+        self._counted: dict[int, int] = {}
+        self._touched: dict[int, set[str]] = {}
 
     def update(self, project_id: int) -> float | None:
         """Counts annotations that are new, or that changed since they were counted.
@@ -224,9 +227,13 @@ class Audits:
     def _update(self, project_id: int) -> float | None:
         with self._database.reading() as session:
             project = session.get(Project, project_id)
-            pending = _pending(session, project_id)
+            pending = _pending(session, project_id, self._counted.get(project_id, 0))
             ours = _our_versions(session, project_id)
-        if project is None or not pending:
+        if project is None:
+            return None
+        if not pending:
+            self._counted[project_id] = project.revision
+            self._write_cards(project_id)
             return None
         client = self._label_studios.client(project)
         if client is None and project.is_default is None and self._label_studios.default():
@@ -252,12 +259,19 @@ class Audits:
         else:
             self._away.discard(project_id)
             wait = 0.0 if len(pending) == BATCH else None
+        self._store(rows)
         touched = {row["version"] for row in rows}
         touched |= {known.version for _, known in pending if known is not None}
-        self._store(project_id, rows, {name for name in touched if name in ours})
+        self._touched.setdefault(project_id, set()).update(touched & ours)
+        if rows:
+            # Others of the last one's revision may be left.
+            self._counted[project_id] = pending[len(rows) - 1][0].revision
+        if wait != 0:
+            # Not after each of many batches: it sums up all there are.
+            self._write_cards(project_id)
         return wait
 
-    def _store(self, project_id: int, rows: list[dict[str, Any]], versions: set[str]) -> None:
+    def _store(self, rows: list[dict[str, Any]]) -> None:
         if not rows:
             return
         with self._database.session() as session:
@@ -271,21 +285,26 @@ class Audits:
                     where=new.revision >= Audit.revision,
                 )
             )
-        self._write_cards(project_id, versions)
 
-    def _write_cards(self, project_id: int, versions: set[str]) -> None:
+    def _write_cards(self, project_id: int) -> None:
+        versions = self._touched.get(project_id)
+        if not versions:
+            return
         # Summed up before the writing begins: meanwhile, webhooks must be able to write.
         summary = self.summary(project_id)
-        if summary is None:
-            return
+        if summary is not None:
+            self._write_into_cards(project_id, summary, versions & set(summary.versions))
+        del self._touched[project_id]
+
+    def _write_into_cards(self, project_id: int, summary: Summary, versions: set[str]) -> None:
         with self._database.session() as session:
+            # Whoever changes versions holds their project first: in other orders, two would wait
+            # for each other.
+            session.get_one(Project, project_id, with_for_update=True)
             for version in session.scalars(
-                select(ModelVersion)
-                .where(
-                    ModelVersion.project_id == project_id,
-                    ModelVersion.name.in_(versions & set(summary.versions)),
+                select(ModelVersion).where(
+                    ModelVersion.project_id == project_id, ModelVersion.name.in_(versions)
                 )
-                .with_for_update()
             ):
                 outcome = summary.versions[version.name].as_dict()
                 version.card = {
@@ -343,17 +362,21 @@ def by_origin(annotated: Sequence[Box], predicted: int | None) -> Boxes:
     return Boxes(accepted, moved, 0, deleted, len(origins) - accepted - moved)
 
 
-def _pending(session: Session, project_id: int) -> list[tuple[Annotation, Audit | None]]:
+def _pending(
+    session: Session, project_id: int, since: int
+) -> list[tuple[Annotation, Audit | None]]:
+    """The next annotations to count, of those that changed in a revision or after it."""
     found = session.execute(
         select(Annotation, Audit)
         .outerjoin(Audit, Audit.annotation_id == Annotation.id)
         .where(
             Annotation.project_id == project_id,
+            Annotation.revision >= since,
             Annotation.deleted_at.is_(None),
             Annotation.was_cancelled.is_(False),
             or_(Audit.annotation_id.is_(None), Audit.revision < Annotation.revision),
         )
-        .order_by(Annotation.id)
+        .order_by(Annotation.revision, Annotation.id)
         .limit(BATCH)
     )
     return [(annotation, audit) for annotation, audit in found]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import cast
 from urllib.parse import quote
 
 import numpy as np
-from sqlalchemy import select, update
+from sqlalchemy import bindparam, select, update
 
 from ml_backend.detection.decoding import UndecodableImage, decode_image
 from ml_backend.detection.types import Sample
@@ -27,12 +27,14 @@ from ml_backend.label_studio.label_config import BoxControl, LabelConfig
 from ml_backend.label_studio.regions import read_regions
 from ml_backend.learning.acquisition import is_left_to_chance
 from ml_backend.learning.split import Item, Side, assign, fingerprint
-from ml_backend.store.database import Database
+from ml_backend.store.database import Database, in_chunks
 from ml_backend.store.tables import Annotation, Project, Task
 
 _log = logging.getLogger(__name__)
 
 FETCHERS = 8
+
+_OF_TASK = (Task.project_id == Annotation.project_id) & (Task.label_studio_id == Annotation.task_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +95,10 @@ def build_dataset(
         random_share: of the tasks, that are asked for by chance.
         on_progress: told the fraction done and a sentence.
     """
-    rows, revision = _read(database, project.id)
+    chosen, revision = _chosen(database, project.id)
     left_out: Counter[str] = Counter()
-    wanted = [
-        (task, annotation, controls)
-        for task, annotation in rows
-        for controls in config.controls_by_image().values()
-    ]
+    images_of_task = config.controls_by_image().values()
+    total = len(chosen) * len(images_of_task)
     done = 0
 
     def fetch(entry: tuple[Task, Annotation, tuple[BoxControl, ...]]) -> _Fetched | str:
@@ -113,28 +112,25 @@ def build_dataset(
         finally:
             done += 1
             if done % 10 == 0:
-                on_progress(done / len(wanted), f"reading images: {done} of {len(wanted)}")
+                on_progress(done / total, f"reading images: {done} of {total}")
 
     found: list[_Fetched] = []
     with ThreadPoolExecutor(FETCHERS, thread_name_prefix="images") as pool:
-        for outcome in pool.map(fetch, wanted):
-            if isinstance(outcome, str):
-                left_out[outcome] += 1
-            else:
-                found.append(outcome)
-                left_out.update(outcome.dropped)
+        for rows in _read(database, chosen):
+            wanted = [(*row, controls) for row in rows for controls in images_of_task]
+            for outcome in pool.map(fetch, wanted):
+                if isinstance(outcome, str):
+                    left_out[outcome] += 1
+                else:
+                    found.append(outcome)
+                    left_out.update(outcome.dropped)
     items = _sides(found, config, database, project.id, random_share)
     return Dataset(
         labels=config.labels,
         samples=tuple(f.sample for f in found),
-        task_of={f.sample.key: f.task.label_studio_id for f in found},
-        clip_of={
-            f.sample.key: items[f.task.label_studio_id].clip or f.task.label_studio_id
-            for f in found
-        },
-        holdout=frozenset(
-            f.sample.key for f in found if items[f.task.label_studio_id].side == "holdout"
-        ),
+        task_of={f.sample.key: f.task for f in found},
+        clip_of={f.sample.key: items[f.task].clip or f.task for f in found},
+        holdout=frozenset(f.sample.key for f in found if items[f.task].side == "holdout"),
         revision=revision,
         left_out=dict(left_out),
     )
@@ -142,23 +138,34 @@ def build_dataset(
 
 @dataclass(frozen=True, slots=True)
 class _Fetched:
-    task: Task
+    """What is kept of a task's image: of a large project, the regions alone would take gigabytes.
+
+    Attributes:
+        task: Label Studio's id.
+        clip: the task's, once known.
+        side: the task's, once decided.
+        name: the image's address.
+        sample: what is learned from.
+        fingerprint: of the image.
+        dropped: why regions were left out.
+    """
+
+    task: int
+    clip: int | None
+    side: Side | None
     name: str
     sample: Sample
     fingerprint: str
     dropped: tuple[str, ...]
 
 
-def _read(database: Database, project_id: int) -> tuple[list[tuple[Task, Annotation]], int]:
+def _chosen(database: Database, project_id: int) -> tuple[list[int], int]:
+    """Rows of the annotations that count, in the order of their tasks, and what revision it is."""
     with database.reading() as session:
         revision = session.get_one(Project, project_id).revision
         rows = session.execute(
-            select(Task, Annotation)
-            .join(
-                Annotation,
-                (Task.project_id == Annotation.project_id)
-                & (Task.label_studio_id == Annotation.task_id),
-            )
+            select(Task.label_studio_id, Annotation.id)
+            .join(Annotation, _OF_TASK)
             .where(
                 Task.project_id == project_id,
                 Task.deleted_at.is_(None),
@@ -168,8 +175,22 @@ def _read(database: Database, project_id: int) -> tuple[list[tuple[Task, Annotat
             .order_by(Task.label_studio_id, Annotation.ground_truth, Annotation.updated_at)
         )
         # The last of each task: ground truth sorts after the others, newer after older.
-        chosen = {task.label_studio_id: (task, annotation) for task, annotation in rows}
+        chosen = dict(row._tuple() for row in rows)
     return list(chosen.values()), revision
+
+
+def _read(database: Database, chosen: Sequence[int]) -> Iterator[list[tuple[Task, Annotation]]]:
+    """Annotations and their tasks, some at a time."""
+    for chunk in in_chunks({"id": number} for number in chosen):
+        with database.reading() as session:
+            rows = session.execute(
+                select(Task, Annotation)
+                .join(Annotation, _OF_TASK)
+                .where(Annotation.id.in_([row["id"] for row in chunk]))
+                .order_by(Task.label_studio_id)
+            )
+            found = [(task, annotation) for task, annotation in rows]
+        yield found
 
 
 def _fetch(
@@ -202,8 +223,11 @@ def _fetch(
             boxes.append([box.x1, box.y1, box.x2, box.y2])
             labels.append(config.labels.index(box.label))
     return _Fetched(
-        task=task,
-        name=value,
+        task=task.label_studio_id,
+        clip=task.clip,
+        side=cast("Side | None", task.side),
+        # An inline image has no name, and would be kept whole.
+        name="" if value.startswith("data:") else value,
         sample=Sample(
             key=f"{task.label_studio_id}-{data_key}",
             image=path,
@@ -225,32 +249,39 @@ def _sides(
     items: dict[int, Item] = {}
     for f in found:
         names = {config.labels[i] for i in f.sample.labels.tolist()}
-        task = f.task
-        if task.label_studio_id in items:
-            item = items[task.label_studio_id]
-            item.labels = item.labels | names
+        if f.task in items:
+            items[f.task].labels |= names
             continue
-        items[task.label_studio_id] = Item(
-            task=task.label_studio_id,
+        items[f.task] = Item(
+            task=f.task,
             name=f.name,
             fingerprint=f.fingerprint,
             labels=frozenset(names),
-            by_chance=is_left_to_chance(task.label_studio_id, random_share),
-            clip=task.clip,
-            side=cast("Side | None", task.side),
+            by_chance=is_left_to_chance(f.task, random_share),
+            clip=f.clip,
+            side=f.side,
         )
     # Those decided before come first, so that new ones join them and not the other way round.
     assign(sorted(items.values(), key=lambda item: (item.clip is None, item.task)))
-    fresh = [items[f.task.label_studio_id] for f in found if f.task.side is None]
-    with database.session() as session:
-        for item in fresh:
-            session.execute(
-                update(Task)
-                .where(
-                    Task.project_id == project_id,
-                    Task.label_studio_id == item.task,
-                    Task.side.is_(None),
-                )
-                .values(fingerprint=item.fingerprint, clip=item.clip, side=item.side)
-            )
+    fresh = {f.task: items[f.task] for f in found if f.side is None}
+    rows = (
+        {"task": item.task, "mark": item.fingerprint, "of": item.clip, "is": item.side}
+        for item in fresh.values()
+    )
+    statement = (
+        update(Task)
+        .where(
+            Task.project_id == project_id,
+            Task.label_studio_id == bindparam("task"),
+            Task.side.is_(None),
+        )
+        .values(fingerprint=bindparam("mark"), clip=bindparam("of"), side=bindparam("is"))
+    )
+    # A few at a time, so that webhooks can be stored in between.
+    for chunk in in_chunks(rows):
+        with database.session() as session:
+            # Whoever changes tasks holds their project first: in other orders, two would wait for
+            # each other.
+            session.get_one(Project, project_id, with_for_update=True)
+            session.connection().execute(statement, chunk)
     return items

@@ -353,19 +353,16 @@ def _revive(
 
 def annotated_tasks(session: Session, project_id: int) -> int:
     """How many tasks of a project have an annotation to learn from."""
+    deleted = select(Task.label_studio_id).where(
+        Task.project_id == project_id, Task.deleted_at.is_not(None)
+    )
     return (
         session.scalar(
-            select(func.count(Annotation.task_id.distinct()))
-            .join(
-                Task,
-                (Task.project_id == Annotation.project_id)
-                & (Task.label_studio_id == Annotation.task_id),
-            )
-            .where(
+            select(func.count(Annotation.task_id.distinct())).where(
                 Annotation.project_id == project_id,
                 Annotation.deleted_at.is_(None),
                 Annotation.was_cancelled.is_(False),
-                Task.deleted_at.is_(None),
+                Annotation.task_id.not_in(deleted),
             )
         )
         or 0

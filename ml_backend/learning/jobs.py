@@ -71,9 +71,14 @@ class Jobs:
         the next, since it counts as changed after the revision that the running one saw. One that
         was refused or failed is begun again when an annotation changes or somebody asks for it.
         """
+        # Counted before the writing begins: meanwhile, webhooks must be able to write.
+        with self._database.reading() as session:
+            counted = _count(session, session.get_one(Project, project_id))
         with self._database.session() as session:
             # The row's lock: two workers must not both create the job.
             project = session.get_one(Project, project_id, with_for_update=True)
+            if project.trained_revision != counted.trained_revision:
+                counted = _count(session, project)
             job = _active_training(session, project_id)
             if job is not None and job.state == "running":
                 return Asked(
@@ -88,9 +93,8 @@ class Jobs:
             fruitless = _fruitless_training(session, project) if job is None else None
             if fruitless is not None and not forced:
                 return Asked(fruitless.id, fruitless.state, fruitless.reason, enqueue=False)
-            situation = self._situation(session, project, job)
             decision = decide(
-                situation,
+                _situation(project, job, counted),
                 moment=now(),
                 every=self._settings.train_every,
                 growth=self._settings.train_growth,
@@ -345,19 +349,43 @@ class Jobs:
             job = _active_training(session, project_id)
             return job.not_before if job is not None and job.state == "waiting" else None
 
-    def _situation(self, session: Session, project: Project, job: Job | None) -> Situation:
-        enough = job.payload.get("enough_since") if job is not None else None
-        return Situation(
-            annotated=annotated_tasks(session, project.id),
-            changes=changes_since(session, project.id, project.trained_revision),
-            last_change=project.changed_at,
-            enough_since=datetime.fromisoformat(enough) if enough else None,
-            trained_before=project.trained_revision > 0,
-        )
-
     def _change(self, job_id: int, **values: Any) -> None:
         with self._database.session() as session:
             session.execute(update(Job).where(Job.id == job_id).values(**values))
+
+
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    """What a decision about a training counts.
+
+    Attributes:
+        trained_revision: the project's revision that the newest training saw.
+        annotated: tasks with an annotation to learn from.
+        changes: annotations new or changed since that revision.
+    """
+
+    trained_revision: int
+    annotated: int
+    changes: int
+
+
+def _count(session: Session, project: Project) -> _Counted:
+    return _Counted(
+        project.trained_revision,
+        annotated_tasks(session, project.id),
+        changes_since(session, project.id, project.trained_revision),
+    )
+
+
+def _situation(project: Project, job: Job | None, counted: _Counted) -> Situation:
+    enough = job.payload.get("enough_since") if job is not None else None
+    return Situation(
+        annotated=counted.annotated,
+        changes=counted.changes,
+        last_change=project.changed_at,
+        enough_since=datetime.fromisoformat(enough) if enough else None,
+        trained_before=counted.trained_revision > 0,
+    )
 
 
 def tasks_arrived(session: Session, project_id: int, since: int) -> int | None:

@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 OVERLAP = timedelta(minutes=5)
 """Read again this much of what was read before: clocks differ, transactions commit late."""
 _AT_ONCE = 100
-"""Ids that an address has room for."""
+"""Tasks that are read by their ids, which an address has room for, or stored, in one go."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +85,16 @@ def reconcile(
 
 
 def _read_back(
+    project_id: int, page: Sequence[dict[str, Any]], ingest: Ingest, asked_at: datetime
+) -> int:
+    # A few tasks at a time, so that webhooks can be stored in between.
+    return sum(
+        _read_back_at_once(project_id, page[start : start + _AT_ONCE], ingest, asked_at)
+        for start in range(0, len(page), _AT_ONCE)
+    )
+
+
+def _read_back_at_once(
     project_id: int, page: Sequence[dict[str, Any]], ingest: Ingest, asked_at: datetime
 ) -> int:
     shown = [

@@ -32,6 +32,8 @@ _LOOK = 0.25
 _SILENCE = 900.0
 """An import into a project of 100,000 tasks may take Label Studio minutes."""
 _PR_SET_PDEATHSIG = 1
+_WORKER = "SUPERVISED_BY"
+"""Environment variable that tells a process which one its worker is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,12 @@ def supervise(
     threads = str(settings.training_threads)
     process = subprocess.Popen(
         [sys.executable, "-m", program.module, str(job_id)],
-        env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            _WORKER: str(os.getpid()),
+        },
         start_new_session=True,
     )
     began = came_on = beaten = time.monotonic()
@@ -127,9 +134,12 @@ def supervise(
 
 
 def lower_priority() -> None:
-    """Makes this process give way to every other, and die with its parent (Linux)."""
+    """Makes this process give way to every other, and die with its worker (Linux)."""
     os.nice(19)
     die_with_parent(signal.SIGKILL)
+    if os.environ.get(_WORKER, str(os.getppid())) != str(os.getppid()):
+        # It died before it could be said: another worker will have the job.
+        sys.exit("the worker is gone")
 
 
 def die_with_parent(signum: signal.Signals = signal.SIGTERM) -> None:

@@ -8,9 +8,12 @@ import time
 
 from ml_backend.backend import Backend
 from ml_backend.detection.training import TrainingDiverged
+from ml_backend.learning.jobs import TakenOver
 from ml_backend.learning.supervisor import REFUSED, lower_priority
 from ml_backend.learning.training_run import TrainingRefused, TrainingRun
 from ml_backend.settings import load_settings
+
+_log = logging.getLogger(__name__)
 
 
 def main(job_id: int) -> int:
@@ -29,7 +32,7 @@ def main(job_id: int) -> int:
         nonlocal last_told
         if time.monotonic() - last_told > 1:
             last_told = time.monotonic()
-            backend.jobs.progress(job_id, fraction, words)
+            backend.jobs.hold(job, progress=fraction, reason=words)
 
     run = TrainingRun(
         backend.settings, backend.database, backend.registry, backend.label_studios, tell
@@ -42,6 +45,9 @@ def main(job_id: int) -> int:
     except TrainingDiverged as diverged:
         # It would again: another attempt begins with the same seed.
         backend.jobs.finish(job_id, "failed", f"failed: {diverged}")
+        return REFUSED
+    except TakenOver:
+        _log.warning("job %d was silent for too long, and another run has it now", job_id)
         return REFUSED
     backend.jobs.finish(job_id, "done", outcome.verdict.reason, version=outcome.version)
     return 0

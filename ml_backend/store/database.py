@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -19,6 +21,8 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from ml_backend.store.tables import Base
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
+# Alembic keeps what it works on in a global of the process.
+_alembic = Lock()
 
 
 class Database:
@@ -72,12 +76,13 @@ class Database:
         if self.is_sqlite and self.engine.url.database:
             file = Path(self.engine.url.database)
             file.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{file}.migrating"):
+            with _alembic, FileLock(f"{file}.migrating"):
                 command.upgrade(config, "head")
             # Tokens that `/setup` brought lie in it: no one else may read it.
             file.chmod(0o600)
         else:
-            command.upgrade(config, "head")
+            with _alembic:
+                command.upgrade(config, "head")
 
     def close(self) -> None:
         """Gives the connections back."""
@@ -98,8 +103,16 @@ def in_chunks(rows: Iterable[Mapping[str, Any]], size: int = 500) -> Iterator[li
 
 def _engine(url: str) -> Engine:
     if not url.startswith("sqlite"):
-        return create_engine(url, pool_pre_ping=True)
-    engine = create_engine(url, connect_args={"timeout": 30})
+        engine = create_engine(url, pool_pre_ping=True, json_serializer=_json)
+
+        @event.listens_for(engine, "connect")
+        def _in_utc(connection: Any, _: ConnectionPoolEntry) -> None:
+            # Moments come back in the session's time zone: otherwise that of the server.
+            connection.execute("SET TIME ZONE 'UTC'")
+            connection.commit()
+
+        return engine
+    engine = create_engine(url, connect_args={"timeout": 30}, json_serializer=_json)
 
     @event.listens_for(engine, "connect")
     def _configure(connection: Any, _: ConnectionPoolEntry) -> None:
@@ -116,3 +129,19 @@ def _engine(url: str) -> Engine:
         connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
 
     return engine
+
+
+def _json(value: Any) -> str:
+    """JSON that every database takes: PostgreSQL knows no NaN and no infinity, they become null."""
+    try:
+        return json.dumps(value, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

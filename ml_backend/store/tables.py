@@ -5,7 +5,17 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar
 
-from sqlalchemy import JSON, BigInteger, DateTime, ForeignKey, Index, String, Text, UniqueConstraint
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    DateTime,
+    ForeignKey,
+    Index,
+    String,
+    Text,
+    UniqueConstraint,
+    text,
+)
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
@@ -33,6 +43,16 @@ class UTCDateTime(TypeDecorator[datetime]):
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
         return value.replace(tzinfo=UTC) if value is not None and value.tzinfo is None else value
+
+
+class PlainText(TypeDecorator[str]):
+    """Text as both databases hold it: PostgreSQL knows no NUL, so it is left out."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        return value.replace("\0", "") if value is not None else None
 
 
 class Base(DeclarativeBase):
@@ -63,16 +83,16 @@ class Project(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     key: Mapped[str] = mapped_column(String(64), unique=True)
     label_studio_id: Mapped[LabelStudioId] = mapped_column(index=True)
-    title: Mapped[str] = mapped_column(Text, default="")
-    label_config: Mapped[str] = mapped_column(Text, default="")
+    title: Mapped[str] = mapped_column(PlainText, default="")
+    label_config: Mapped[str] = mapped_column(PlainText, default="")
     described_at: Mapped[datetime | None]
     """When title and label config were as they stand here: what is older does not replace them."""
-    url: Mapped[str | None] = mapped_column(Text)
+    url: Mapped[str | None] = mapped_column(PlainText)
     """Where its Label Studio said it is (`/setup`), and the token that came with it."""
-    token: Mapped[str | None] = mapped_column(Text)
+    token: Mapped[str | None] = mapped_column(PlainText)
     is_default: Mapped[bool | None]
     """Whether it lives in the Label Studio of the settings; unknown until that was asked."""
-    connection_url: Mapped[str | None] = mapped_column(Text)
+    connection_url: Mapped[str | None] = mapped_column(PlainText)
     """Our address, as `connect` told it to Label Studio."""
     live_version: Mapped[str | None] = mapped_column(String(128))
     revision: Mapped[int] = mapped_column(default=0)
@@ -97,7 +117,15 @@ class Task(Base):
     """A task of a project, as far as it was heard of."""
 
     __tablename__ = "tasks"
-    __table_args__ = (UniqueConstraint("project_id", "label_studio_id"),)
+    __table_args__ = (
+        UniqueConstraint("project_id", "label_studio_id"),
+        Index(
+            "ix_tasks_deleted",
+            *("project_id", "label_studio_id"),
+            sqlite_where=text("deleted_at IS NOT NULL"),
+            postgresql_where=text("deleted_at IS NOT NULL"),
+        ),
+    )
 
     id: Mapped[int] = mapped_column(primary_key=True)
     project_id: Mapped[int] = mapped_column(ForeignKey("projects.id", ondelete="CASCADE"))
@@ -121,6 +149,13 @@ class Annotation(Base):
         UniqueConstraint("project_id", "label_studio_id"),
         Index("ix_annotations_task", "project_id", "task_id"),
         Index("ix_annotations_revision", "project_id", "revision"),
+        # What is counted after every change: without it all regions would be read for that.
+        Index(
+            "ix_annotations_live",
+            *("project_id", "task_id"),
+            sqlite_where=text("deleted_at IS NULL AND was_cancelled IS 0"),
+            postgresql_where=text("deleted_at IS NULL AND was_cancelled IS false"),
+        ),
     )
 
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -182,7 +217,7 @@ class Job(Base):
     """`train`, `predict` (the rest of a request that met its deadline), `autolabel`, or `tidy`."""
     state: Mapped[str] = mapped_column(String(16))
     """`waiting`, `queued`, `running`, `done`, `failed` or `refused`."""
-    reason: Mapped[str] = mapped_column(Text, default="")
+    reason: Mapped[str] = mapped_column(PlainText, default="")
     trigger: Mapped[str] = mapped_column(String(16))
     """`webhook`, `button`, `command`, `predict`, `promotion`, `tasks` or `autolabel`."""
     progress: Mapped[float] = mapped_column(default=0.0)
@@ -207,7 +242,7 @@ class ModelVersion(Base):
     name: Mapped[str] = mapped_column(String(128))
     state: Mapped[str] = mapped_column(String(16))
     """`live`, `retired` (was live), `rejected` (worse), `rolled back`, or `pruned`."""
-    reason: Mapped[str] = mapped_column(Text, default="")
+    reason: Mapped[str] = mapped_column(PlainText, default="")
     card: Mapped[dict[str, Any]]
     parent: Mapped[str | None] = mapped_column(String(128))
     created_at: Mapped[datetime] = mapped_column(default=now)

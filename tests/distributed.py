@@ -1,0 +1,163 @@
+"""PostgreSQL and Redis, as the tests start them: each with a folder and a port of its own.
+
+They are the Debian packages `postgresql` and `redis-server`; where one is missing, the tests that
+need it are skipped.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+import pytest
+import redis
+
+from ml_backend.demo.label_studio_server import DidNotStart, free_port
+from ml_backend.learning.supervisor import die_with_parent
+
+_WITHIN = 60.0
+# A time zone that is not UTC, nor whole hours from it: what relies on the server's shows.
+_SETTINGS = {
+    "listen_addresses": "127.0.0.1",
+    "unix_socket_directories": "",
+    "timezone": "Asia/Kathmandu",
+    "fsync": "off",
+    "full_page_writes": "off",
+}
+
+
+class PostgreSQL:
+    """A running PostgreSQL server.
+
+    Attributes:
+        port: where it listens.
+        url: address of its database, as `DATABASE_URL` takes it.
+    """
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.url = f"postgresql://tests@127.0.0.1:{port}/postgres"
+
+    def connect(self) -> psycopg.Connection:
+        """A connection to its database."""
+        return psycopg.connect(self.url, autocommit=True)
+
+    def empty(self) -> None:
+        """Empties its database, whoever uses it."""
+        with self.connect() as connection:
+            connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = 'postgres' AND pid <> pg_backend_pid()"
+            )
+            connection.execute("DROP SCHEMA public CASCADE")
+            connection.execute("CREATE SCHEMA public")
+
+
+@contextmanager
+def running_postgresql() -> Iterator[PostgreSQL]:
+    """Starts PostgreSQL, and ends it; skips the test where it is not installed."""
+    initdb = _program("initdb", "postgresql")
+    server = PostgreSQL(free_port())
+    # It refuses to run as root.
+    account = pwd.getpwnam("postgres") if os.getuid() == 0 else pwd.getpwuid(os.getuid())
+    with tempfile.TemporaryDirectory(prefix="postgresql-") as name:
+        folder = Path(name)
+        os.chown(folder, account.pw_uid, account.pw_gid)
+        subprocess.run(
+            [
+                *(initdb, "--pgdata", folder / "data", "--username", "tests", "--auth", "trust"),
+                *("--encoding", "UTF8", "--locale", "C", "--no-sync"),
+            ],
+            user=account.pw_uid,
+            group=account.pw_gid,
+            cwd=folder,
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        settings = [f"--{key}={value}" for key, value in _SETTINGS.items()]
+        with (folder / "log").open("wb") as log:
+            process = subprocess.Popen(
+                [
+                    *(initdb.with_name("postgres"), "-D", folder / "data"),
+                    *(f"--port={server.port}", *settings),
+                ],
+                user=account.pw_uid,
+                group=account.pw_gid,
+                cwd=folder,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                preexec_fn=die_with_parent,
+            )
+        # At once: nothing of it is used again.
+        with _ended(process, signal.SIGQUIT):
+            _wait(process, folder / "log", lambda: server.connect().close())
+            yield server
+
+
+@contextmanager
+def running_redis() -> Iterator[str]:
+    """Starts Redis, which keeps nothing, and ends it; answers its address.
+
+    The test is skipped where it is not installed.
+    """
+    program = _program("redis-server", "redis-server")
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="redis-") as name:
+        folder = Path(name)
+        with (folder / "log").open("wb") as log:
+            process = subprocess.Popen(
+                [
+                    *(program, "--bind", "127.0.0.1", "--port", str(port)),
+                    *("--save", "", "--appendonly", "no"),
+                ],
+                cwd=folder,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                preexec_fn=die_with_parent,
+            )
+        with _ended(process, signal.SIGTERM):
+            with redis.Redis(port=port) as client:
+                _wait(process, folder / "log", client.ping)
+            yield f"redis://127.0.0.1:{port}/0"
+
+
+def _program(name: str, package: str) -> Path:
+    """A server's program: Debian keeps PostgreSQL's out of `PATH`."""
+    if found := shutil.which(name):
+        return Path(found)
+    versions = Path("/usr/lib/postgresql").glob(f"*/bin/{name}")
+    newest = max(versions, key=lambda path: int(path.parts[4]), default=None)
+    if newest is None:
+        pytest.skip(f"there is no {name}: install the Debian package {package}")
+    return newest
+
+
+def _wait(process: subprocess.Popen[bytes], log: Path, ask: Callable[[], object]) -> None:
+    until = time.monotonic() + _WITHIN
+    while time.monotonic() < until and process.poll() is None:
+        try:
+            ask()
+        except (psycopg.OperationalError, redis.ConnectionError):
+            # Not yet up.
+            time.sleep(0.05)
+        else:
+            return
+    raise DidNotStart(f"{process.args!r} did not start:\n{log.read_text(errors='replace')}")
+
+
+@contextmanager
+def _ended(process: subprocess.Popen[bytes], signum: signal.Signals) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        process.send_signal(signum)
+        process.wait(30)
