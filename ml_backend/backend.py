@@ -17,7 +17,7 @@ from ml_backend.learning.promotion import Versions
 from ml_backend.learning.tidy import Tidy
 from ml_backend.learning.worker import Tasks, Worker, make_queue
 from ml_backend.settings import Settings, SettingsError
-from ml_backend.store.database import Database
+from ml_backend.store.database import Database, SchemaError
 from ml_backend.store.registry import Registry
 
 if TYPE_CHECKING:
@@ -56,6 +56,9 @@ class Backend:
         database = Database(self.settings.database)
         try:
             database.migrate()
+        except SchemaError as error:
+            name = "DATABASE_URL" if self.settings.database_url else "MODEL_DIR"
+            raise SettingsError(f"{name}: the database cannot be used: {error}") from error
         except OSError as error:
             # Of the lock beside a SQLite file; MODEL_DIR was tried already.
             raise SettingsError(

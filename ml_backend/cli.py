@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -51,6 +52,8 @@ _rank = select(
     .over(partition_by=(Job.project_id, Job.kind), order_by=Job.id.desc())
     .label("rank"),
 ).subquery()
+
+_PORT_WITHIN = 5.0
 
 _Project = Annotated[
     str,
@@ -134,6 +137,7 @@ def serve() -> None:
 
     _say_what_is_missing(settings, _checked_device(settings))
     _migrate(settings)
+    _check_port(settings)
     commands = {
         "server": [
             *(sys.executable, "-m", "gunicorn", "--config", str(_gunicorn_config())),
@@ -241,7 +245,8 @@ def doctor(
     settings, backend = _backend()
     marks = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "error": "[red]✗[/]"}
     findings = []
-    for finding in Doctor(settings, backend.database, backend.label_studios).examine(project):
+    doctor = Doctor(settings, backend.database, backend.registry, backend.label_studios)
+    for finding in doctor.examine(project):
         findings.append(finding)
         if not as_json:
             _out.print(
@@ -296,11 +301,14 @@ def autolabel(
     """Predict every task without an annotation; goes on by itself where it was interrupted."""
     _, backend = _backend()
     row = _find(backend, project)
-    if backend.label_studios.client(row) is None:
+    client = backend.label_studios.client(row)
+    if client is None:
         raise _fail(
             "predictions cannot be imported without LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY "
             "(Label Studio shows the token under Account & Settings)"
         )
+    # The job would wait for a Label Studio that fails; who asks hears of it now.
+    client.project(row.label_studio_id)
     asked = backend.jobs.consider_autolabel(row.id, trigger="command", forced=True)
     if asked.enqueue:
         backend.tasks.put("autolabel", asked.job)
@@ -594,12 +602,38 @@ def _checked_device(settings: Settings) -> str:
     return ", ".join(map(str, describe_device(device).values()))
 
 
+def _check_port(settings: Settings) -> None:
+    """Says in one line that the port is taken, by another server of ours for example."""
+    where = settings.host, settings.port
+    # One that was killed a moment ago may hold it for as long as its processes need to see that.
+    until = time.monotonic() + _PORT_WITHIN
+    while True:
+        try:
+            family, kind, _, _, address = socket.getaddrinfo(*where, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+                return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise SettingsError(
+                    f"HOST and PORT: {settings.host}:{settings.port} cannot be listened on: "
+                    f"{error.strerror}; stop what does, or set another PORT"
+                ) from error
+        time.sleep(0.2)
+
+
 def _migrate(settings: Settings) -> None:
+    from filelock import Timeout
+
     from ml_backend.backend import Backend
+    from ml_backend.learning.worker import turn
 
     backend = Backend(settings)
     backend.database.close()
-    backend.registry.sweep()
+    # Another server on the folder may train: what it is writing is not left over.
+    with suppress(Timeout), turn(settings, "train"):
+        backend.registry.sweep()
 
 
 def _say_what_is_missing(settings: Settings, device: str) -> None:

@@ -230,6 +230,29 @@ def _annotate(backend: Backend, number: int) -> None:
     backend.ingest.apply(event, event.project)
 
 
+def test_a_database_of_a_newer_release_is_left_alone(run: Run, backend: Backend) -> None:
+    with backend.database.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    for command in ("status", "serve"):
+        ended = run(command)
+        assert ended.status == 2, ended
+        line = ended.err.splitlines()[-1]
+        assert "MODEL_DIR: the database cannot be used: its schema is 9999" in line
+        assert "install the release that wrote it" in line
+
+
+def test_a_live_version_that_cannot_be_loaded_is_found(run: Run, backend: Backend) -> None:
+    _learn(backend, "v1")
+    _learn(backend, "v2")
+    assert f"project {KEY}: v2 loads" in run("doctor").out
+    file = backend.registry.existing(KEY, "v2") / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    said = run("doctor")
+    assert said.status == 1
+    assert f"project {KEY}: v2 cannot serve, an earlier one does" in said.out
+    assert f"`ml-backend rollback -p {KEY}`" in said.out
+
+
 def test_a_fault_of_our_own_is_not_hidden(
     run: Run, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,7 @@ from ml_backend.detection.detector import Detector
 from ml_backend.detection.zoo import preset_named
 from ml_backend.label_studio.client import (
     BadAnswer,
+    Failed,
     LabelStudioClient,
     LabelStudioError,
     NotFound,
@@ -35,6 +36,7 @@ from ml_backend.learning.reconcile import Reconciled, reconcile
 from ml_backend.settings import load_settings
 from ml_backend.store.tables import Annotation, Project, Task, now
 from tests.conftest import RunningBackend, label_studio_program, make_live, wait_for
+from tests.test_away import Proxy
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +119,23 @@ def test_an_address_where_nothing_answers_is_named() -> None:
         client.whoami()
 
 
+@pytest.mark.parametrize("how", ["500", "HTML"])
+def test_a_token_that_cannot_be_exchanged_now_is_not_called_wrong(
+    label_studio: LabelStudioServer, personal_token: str, how: str
+) -> None:
+    proxy = Proxy(label_studio.port)
+    client = LabelStudioClient(proxy.url, personal_token)
+    assert client.whoami()["email"] == label_studio.login.email
+    proxy.become(how)
+    client.refresh_auth()
+    with pytest.raises(BadAnswer, match="exchanges no token") as caught:
+        client.whoami()
+    assert personal_token not in str(caught.value)
+    proxy.become("through")
+    assert client.whoami()["email"] == label_studio.login.email
+    proxy.become("refused")
+
+
 @contextmanager
 def _answering(status: int, body: bytes, **headers: str) -> Iterator[str]:
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -144,7 +163,7 @@ def test_what_is_not_label_studio_is_recognised() -> None:
     moved = _answering(302, b"", Location="https://elsewhere.example/")
     with moved as url, pytest.raises(BadAnswer, match=r"redirected to https://elsewhere\.example/"):
         LabelStudioClient(url, "0" * 40).whoami()
-    with _answering(500, b"broken") as url, pytest.raises(Unreachable, match="500"):
+    with _answering(500, b"broken") as url, pytest.raises(Failed, match="500"):
         LabelStudioClient(url, "0" * 40).whoami()
 
 

@@ -103,7 +103,13 @@ def _train(
     asked = backend.jobs.consider_training(project.id, trigger="button", forced=True)
     assert backend.jobs.claim(asked.job) is not None
     done = subprocess.run(
-        [sys.executable, "-m", "ml_backend.learning.training_process", str(asked.job)],
+        [
+            sys.executable,
+            "-m",
+            "ml_backend.learning.training_process",
+            str(asked.job),
+            str(os.getpid()),
+        ],
         env={**os.environ, **chosen},
         cwd=ROOT,
         capture_output=True,

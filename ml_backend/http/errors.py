@@ -7,8 +7,10 @@ So the reason phrase of our errors is the message itself, shortened; the body ho
 from __future__ import annotations
 
 import logging
+import sqlite3
 
 from flask import Flask, Response, jsonify
+from sqlalchemy.exc import OperationalError
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from ml_backend.label_studio.events import InvalidEvent
@@ -55,6 +57,15 @@ def register(app: Flask) -> None:
         return error_response(
             413, f"the body is larger than {limit:,} bytes: raise ML_BACKEND_MAX_REQUEST_BYTES"
         )
+
+    @app.errorhandler(OperationalError)
+    @app.errorhandler(sqlite3.OperationalError)
+    def no_database(error: OperationalError | sqlite3.OperationalError) -> Response:
+        # Not ours to mend, and nothing was acknowledged; the log needs no traceback for it.
+        cause = error.orig if isinstance(error, OperationalError) else error
+        words = f"the database or the queue cannot be used: {cause}"
+        _log.error("a request failed: %s", words)
+        return error_response(503, f"{words} (disk full? server down?)")
 
     @app.errorhandler(HTTPException)
     def http_error(error: HTTPException) -> Response:

@@ -20,14 +20,15 @@ from sqlalchemy import func, select
 
 from ml_backend.http.current import backend
 from ml_backend.learning.audits import Audits
+from ml_backend.learning.contacts import Contacts
 from ml_backend.store.database import Database
-from ml_backend.store.tables import Job, ModelVersion, Project
+from ml_backend.store.tables import Job, ModelVersion, Project, now
 
 blueprint = Blueprint("metrics", __name__)
 
 
 class _FromDatabase:
-    """Jobs, live versions and audits, as the database has them at the moment."""
+    """Jobs, live versions, audits and how Label Studio answers, as the database has them."""
 
     def __init__(self, database: Database, audits: Audits) -> None:
         self._database = database
@@ -60,7 +61,27 @@ class _FromDatabase:
                 pending.add_metric([key], progress)
             projects = session.execute(select(Project.id, Project.key)).all()
         yield from (jobs, quality, pending)
+        yield from self._answered()
         yield from self._audited([(number, key) for number, key in projects])
+
+    def _answered(self) -> Iterator[Metric]:
+        failing = GaugeMetricFamily(
+            "ml_backend_label_studio_failing_seconds",
+            "How long requests to Label Studio have failed; 0 while they do not",
+            labels=["url", "failure"],
+        )
+        answered = GaugeMetricFamily(
+            "ml_backend_label_studio_answered_timestamp_seconds",
+            "When Label Studio last did what was asked, to half a minute",
+            labels=["url"],
+        )
+        for contact in Contacts(self._database).all():
+            since = contact.failing_since
+            seconds = (now() - since).total_seconds() if since is not None else 0.0
+            failing.add_metric([contact.url, contact.failure], seconds)
+            if contact.answered_at is not None:
+                answered.add_metric([contact.url], contact.answered_at.timestamp())
+        yield from (failing, answered)
 
     def _audited(self, projects: Sequence[tuple[int, str]]) -> Iterator[Metric]:
         boxes = GaugeMetricFamily(

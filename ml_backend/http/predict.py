@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 import time
 from typing import Any
 
 from flask import Blueprint
 from pydantic import BaseModel, Field, StrictInt
+from sqlalchemy.exc import OperationalError
 
 from ml_backend.http.current import backend, find_project, predicting, read_body
 from ml_backend.label_studio.events import parse_project_key
 from ml_backend.label_studio.label_config import parse_label_config
 from ml_backend.learning.metrics import LEFT_OVER
 from ml_backend.learning.serving import Predicted
+from ml_backend.store.tables import Project
 
 blueprint = Blueprint("predict", __name__)
 _log = logging.getLogger(__name__)
@@ -67,18 +70,20 @@ def predict() -> dict[str, Any]:
     # Without an id there is no task to import a prediction for.
     left = [tasks[i] for i in predicted.unfinished if tasks[i]["id"] is not None]
     if left:
-        job = backend().jobs.hand_over_predictions(project.id, left)
-        backend().tasks.put("predict", job)
-        LEFT_OVER.inc(len(left))
-        _log.warning(
-            "project %s: %d of %d tasks %s; job %d finishes them",
-            project.key,
-            len(left),
-            len(tasks),
-            why,
-            job,
-        )
+        _hand_over(project, left, f"{len(left)} of {len(tasks)} tasks {why}")
     return {
         "results": [result if result is not None else [] for result in predicted.results],
         "model_version": predicted.version,
     }
+
+
+def _hand_over(project: Project, tasks: list[dict[str, Any]], what: str) -> None:
+    """Leaves tasks to the worker; what is predicted by then is answered, even where that fails."""
+    try:
+        job = backend().jobs.hand_over_predictions(project.id, tasks)
+        backend().tasks.put("predict", job)
+    except (OperationalError, sqlite3.OperationalError) as error:
+        _log.error("project %s: %s, and nobody finishes them: %s", project.key, what, error)
+        return
+    LEFT_OVER.inc(len(tasks))
+    _log.warning("project %s: %s; job %d finishes them", project.key, what, job)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -31,6 +32,9 @@ GUARD = (
     "restart it: by default it refuses private and loopback addresses"
 )
 _TIMEOUT = (3.05, 60)
+_QUICK_TIMEOUT = (3.05, 20)
+"""A server that is asked for predictions may have to ask first: Label Studio waits 100 s for it."""
+_LONGEST_PAUSE = 60.0
 _PAGE = 500
 _IMPORT = 1000
 _IMPORT_TIMEOUT = (3.05, 600)
@@ -42,12 +46,32 @@ class LabelStudioError(RuntimeError):
     """Label Studio could not do what was asked; the text says why, and what helps."""
 
 
-class Unreachable(LabelStudioError):
+class Passing(LabelStudioError):
+    """It may be otherwise later, by itself or by an admin's hand: the same is asked again then.
+
+    Attributes:
+        kind: what is wrong, in a word.
+    """
+
+    kind = ""
+
+
+class Unreachable(Passing):
     """Nothing answers at its address, or not in time."""
 
+    kind = "unreachable"
 
-class Unauthorized(LabelStudioError):
+
+class Failed(Passing):
+    """It answers that it failed (a status of 500 or more)."""
+
+    kind = "failed"
+
+
+class Unauthorized(Passing):
     """It does not take the token."""
+
+    kind = "unauthorized"
 
 
 class Forbidden(LabelStudioError):
@@ -62,8 +86,10 @@ class Rejected(LabelStudioError):
     """It finds something wrong with what was sent."""
 
 
-class BadAnswer(LabelStudioError):
+class BadAnswer(Passing):
     """What it answers is not what Label Studio answers."""
+
+    kind = "bad answer"
 
 
 class LabelStudioClient:
@@ -72,11 +98,20 @@ class LabelStudioClient:
     Args:
         url: its address, with its sub-path where it has one.
         token: a legacy token, or a personal access token.
+        on_outcome: told of each request whether it was answered (None), or what was wrong.
     """
 
-    def __init__(self, url: str, token: str) -> None:
+    def __init__(
+        self,
+        url: str,
+        token: str,
+        on_outcome: Callable[[Passing | None], None] = lambda _: None,
+    ) -> None:
         self.url = url.rstrip("/")
         self.token = token
+        self._tell = on_outcome
+        self._misses = 0
+        self._ask_again = 0.0
         self._sdk: LabelStudio | None = None
         self._lock = threading.Lock()
         self._local = threading.local()
@@ -88,6 +123,8 @@ class LabelStudioClient:
             session = requests.Session()
             retry = Retry(
                 total=2,
+                # One that takes a request and does not answer is not worth a third.
+                read=1,
                 backoff_factor=0.5,
                 status_forcelist=(502, 503, 504),
                 allowed_methods=("GET",),
@@ -120,9 +157,20 @@ class LabelStudioClient:
                 sdk = self._sdk
             headers = sdk._client_wrapper.get_headers()
         except ApiError as error:
+            status = error.status_code or 0
+            if status >= 500:
+                raise Failed(
+                    f"{self.url} cannot exchange the token: status {status}: {_detail(error.body)}"
+                ) from error
             raise Unauthorized(
                 f"{self.url} does not take LABEL_STUDIO_API_KEY ({_detail(error.body)}): get a "
                 "new token under Account & Settings"
+            ) from error
+        except ValueError as error:
+            # Something else than JSON, with whatever status.
+            raise BadAnswer(
+                f"{self.url} exchanges no token: is LABEL_STUDIO_URL Label Studio's address, "
+                "sub-path included?"
             ) from error
         except Exception as error:
             # The SDK lets errors of its HTTP library through.
@@ -136,7 +184,7 @@ class LabelStudioClient:
 
     def version(self) -> str:
         """Label Studio's version; needs no token."""
-        answer = self._request("GET", "/api/version", authorize=False)
+        answer = self._request("GET", "/api/version", authorize=False, timeout=_QUICK_TIMEOUT)
         return str(answer.get("release") or answer.get("label-studio-os-package", {}))
 
     def whoami(self) -> dict[str, Any]:
@@ -146,7 +194,9 @@ class LabelStudioClient:
     def project(self, number: int) -> ProjectInfo:
         """A project."""
         try:
-            return read_project(self._request("GET", f"/api/projects/{number}/"))
+            return read_project(
+                self._request("GET", f"/api/projects/{number}/", timeout=_QUICK_TIMEOUT)
+            )
         except InvalidEvent as error:
             raise BadAnswer(f"{self.url}: project {number}: {error}") from error
 
@@ -384,7 +434,57 @@ class LabelStudioClient:
         params: Mapping[str, Any] | None = None,
         body: object = None,
         authorize: bool = True,
-        timeout: tuple[float, float] = _TIMEOUT,
+        timeout: tuple[float, float] | None = None,
+    ) -> Any:
+        self._wait_for_none()
+        try:
+            answer = self._ask(method, path, params, body, authorize, timeout or _TIMEOUT)
+        except Passing as failure:
+            self._missed(isinstance(failure, Unreachable))
+            self._tell(failure)
+            raise
+        except LabelStudioError:
+            self._missed(False)
+            self._tell(None)
+            raise
+        self._missed(False)
+        self._tell(None)
+        return answer
+
+    def _wait_for_none(self) -> None:
+        """Where it did not answer a moment ago, one asks again, and the others are told at once.
+
+        A worker's few threads would otherwise all wait for a Label Studio that takes requests and
+        answers none, and a project of another one would wait for them.
+
+        Raises:
+            Unreachable: it is not asked.
+        """
+        with self._lock:
+            left = self._ask_again - time.monotonic()
+            if left > 0:
+                raise Unreachable(
+                    f"{self.url} did not answer a moment ago, and is asked again in {left:.0f} s"
+                )
+            if self._misses:
+                self._ask_again = time.monotonic() + self._pause()
+
+    def _missed(self, missed: bool) -> None:
+        with self._lock:
+            self._misses = self._misses + 1 if missed else 0
+            self._ask_again = time.monotonic() + self._pause() if missed else 0.0
+
+    def _pause(self) -> float:
+        return min(2.0 ** min(self._misses, 10), _LONGEST_PAUSE)
+
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        params: Mapping[str, Any] | None,
+        body: object,
+        authorize: bool,
+        timeout: tuple[float, float],
     ) -> Any:
         for attempt in (1, 2):
             headers = self.auth_headers() if authorize else {}
@@ -445,7 +545,7 @@ class LabelStudioClient:
             )
         if status < 500:
             raise Rejected(f"{self.url}: {what} is rejected: {detail}")
-        raise Unreachable(f"{self.url}: {what} failed with status {status}: {detail}")
+        raise Failed(f"{self.url}: {what} failed with status {status}: {detail}")
 
 
 def as_it_is(request: requests.PreparedRequest) -> requests.PreparedRequest:

@@ -262,7 +262,11 @@ class ImageSource:
                             continue
                     if response.status_code >= 400:
                         raise ImageUnavailable(self._refused(address, response.status_code))
-                    return self._read(address, response, deadline)
+                    content = self._read(address, response, deadline)
+                    if content.lstrip()[:1] == b"<":
+                        # A login, or a proxy's word that the site is down; it must not be cached.
+                        raise ImageUnavailable(f"{address} answers with a page, and no image")
+                    return content
             except AddressRefused as error:
                 raise ImageUnavailable(f"{address} is not read: {error}") from error
             except (requests.RequestException, HTTPError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""`python -m ml_backend.learning.autolabel_process JOB`: what predicts tasks that nobody opened.
+"""`python -m ml_backend.learning.autolabel_process JOB PARENT`: predicts tasks that nobody opened.
 
 Auto-labelling runs in it, and what a request for predictions left over.
 """
@@ -9,28 +9,23 @@ import logging
 import sys
 
 from ml_backend.backend import Backend
-from ml_backend.label_studio.client import (
-    Forbidden,
-    LabelStudioError,
-    NotFound,
-    Unauthorized,
-    Unreachable,
-)
+from ml_backend.label_studio.client import Forbidden, LabelStudioError, NotFound, Passing
 from ml_backend.learning.autolabel import AutoLabel, AutoLabelFailed, AutoLabelRefused
 from ml_backend.learning.jobs import TakenOver
 from ml_backend.learning.leftovers import Leftovers
 from ml_backend.learning.supervisor import REFUSED, lower_priority
 from ml_backend.settings import load_settings
+from ml_backend.store.tables import Project
 
 _log = logging.getLogger(__name__)
 
-_AWAY = 30.0
-"""Seconds until a Label Studio that could not do what was asked is asked again."""
+_REJECTED = 30.0
+"""Seconds until a Label Studio that found something wrong is asked again."""
 
 
-def main(job_id: int) -> int:
+def main(job_id: int, parent: int) -> int:
     """Does one job; the exit status tells the supervisor how it ended."""
-    lower_priority()
+    lower_priority(parent)
     backend = Backend(load_settings())
     logging.basicConfig(
         level=backend.settings.log_level, format="%(asctime)s %(levelname)s auto-label: %(message)s"
@@ -50,16 +45,21 @@ def main(job_id: int) -> int:
     )
     try:
         done = run.run(job)
-    except (AutoLabelRefused, Unauthorized, Forbidden, NotFound) as refused:
+    except (AutoLabelRefused, Forbidden, NotFound) as refused:
         backend.jobs.finish(job_id, "refused", str(refused), version=job.version)
         return REFUSED
     except AutoLabelFailed as failed:
         backend.jobs.finish(job_id, "failed", str(failed), version=job.version)
         return REFUSED
+    except Passing as failure:
+        # Nothing of it is the job's fault.
+        with backend.database.reading() as session:
+            project = session.get_one(Project, job.project_id)
+        wait = backend.label_studios.wait(project)
+        backend.jobs.try_again(job_id, str(failure), wait=wait, counts=False)
+        return REFUSED
     except LabelStudioError as error:
-        # While it is away, nothing is the job's fault.
-        away = isinstance(error, Unreachable)
-        backend.jobs.try_again(job_id, str(error), wait=_AWAY, counts=not away)
+        backend.jobs.try_again(job_id, str(error), wait=_REJECTED)
         return REFUSED
     except TakenOver:
         _log.warning("job %d was silent for too long, and another run has it now", job_id)
@@ -69,4 +69,4 @@ def main(job_id: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))

@@ -81,6 +81,7 @@ def build_dataset(
     *,
     max_pixels: int,
     random_share: float,
+    leave_out: bool = True,
     on_progress: Callable[[float, str], None],
 ) -> Dataset:
     """Reads a project's annotations and images, and decides the sides of new tasks.
@@ -93,7 +94,11 @@ def build_dataset(
         folder: receives the image files.
         max_pixels: larger images are left out.
         random_share: of the tasks, that are asked for by chance.
+        leave_out: whether tasks whose images cannot be had are left out.
         on_progress: told the fraction done and a sentence.
+
+    Raises:
+        ImageUnavailable: an image cannot be had, and none is to be left out.
     """
     chosen, revision = _chosen(database, project.id)
     left_out: Counter[str] = Counter()
@@ -107,6 +112,8 @@ def build_dataset(
         try:
             return _fetch(task, annotation, controls, config, images, folder, max_pixels)
         except (ImageUnavailable, UndecodableImage) as error:
+            if not leave_out and isinstance(error, ImageUnavailable):
+                raise
             _log.warning("task %d is left out of the training: %s", task.label_studio_id, error)
             return str(error)
         finally:

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import requests
+import torch
+from sqlalchemy import select
 
 from ml_backend.detection.decoding import UndecodableImage, decode_image
-from ml_backend.detection.detector import Detector
+from ml_backend.detection.detector import CorruptDetector, Detector
 from ml_backend.detection.device import DeviceError, describe_device, resolve_device
 from ml_backend.detection.zoo import coco_labels, preset_named
 from ml_backend.label_studio.client import GUARD, Forbidden, LabelStudioClient, LabelStudioError
@@ -29,9 +31,11 @@ from ml_backend.learning.connect import (
     own_connections,
     webhook_headers,
 )
+from ml_backend.learning.contacts import Contacts
 from ml_backend.learning.label_studios import LabelStudios
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
+from ml_backend.store.registry import Registry, VersionMissing
 from ml_backend.store.tables import Project, now
 
 _ENOUGH_DISK = 2 * 2**30
@@ -58,10 +62,47 @@ class Finding:
 class Doctor:
     """Examines a backend and, where one is named, a project."""
 
-    def __init__(self, settings: Settings, database: Database, label_studios: LabelStudios) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        registry: Registry,
+        label_studios: LabelStudios,
+    ) -> None:
         self._settings = settings
         self._database = database
+        self._registry = registry
         self._label_studios = label_studios
+
+    def _of_late(self) -> Iterator[Finding]:
+        """What server and worker met with: they may reach what we do not, and the other way."""
+        for contact in Contacts(self._database).all():
+            if contact.failing_since is not None:
+                yield Finding(
+                    "requests",
+                    "warning",
+                    f"those to {contact.url} fail since {contact.failing_since:%Y-%m-%d %H:%M:%S} "
+                    f"UTC: {contact.detail}",
+                    "what waits for it goes on by itself once it does what is asked",
+                )
+
+    def _live_versions(self) -> Iterator[Finding]:
+        """Whether what is live can be loaded: where not, the version before serves."""
+        with self._database.reading() as session:
+            projects = session.scalars(select(Project).where(Project.live_version.is_not(None)))
+            live = [(p.key, p.live_version or "") for p in projects]
+        for key, version in live:
+            try:
+                Detector.load(self._registry.existing(key, version), torch.device("cpu"))
+            except (VersionMissing, CorruptDetector) as error:
+                yield Finding(
+                    "live version",
+                    "error",
+                    f"project {key}: {version} cannot serve, an earlier one does: {error}",
+                    f"restore the folder, or `ml-backend rollback -p {key}`",
+                )
+            else:
+                yield Finding("live version", "ok", f"project {key}: {version} loads")
 
     def examine(self, project: int | None) -> Iterator[Finding]:
         """Yields what it finds, as it finds it.
@@ -73,6 +114,7 @@ class Doctor:
         yield self._device()
         yield self._weights()
         yield self._server()
+        yield from self._live_versions()
         client = self._label_studios.default()
         if client is None:
             missing = [
@@ -92,6 +134,7 @@ class Doctor:
             return
         reached = self._reach(client)
         yield from reached
+        yield from self._of_late()
         if project is None or any(f.status == "error" for f in reached):
             return
         yield from self._project(client, project)

@@ -89,7 +89,12 @@ class Jobs:
                     enqueue=False,
                 )
             if job is not None and job.state == "queued":
-                return Asked(job.id, job.state, job.reason, enqueue=False)
+                # One that was put off is begun at once where somebody asks.
+                at_once = forced and job.not_before is not None
+                if at_once:
+                    job.not_before = None
+                    job.heartbeat_at = now()
+                return Asked(job.id, job.state, job.reason, enqueue=at_once)
             fruitless = _fruitless_training(session, project) if job is None else None
             if fruitless is not None and not forced:
                 return Asked(fruitless.id, fruitless.state, fruitless.reason, enqueue=False)

@@ -7,6 +7,7 @@ the project is really there; each token goes to the address that it came with, a
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 
@@ -14,6 +15,7 @@ from sqlalchemy import update
 
 from ml_backend.label_studio.client import LabelStudioClient, LabelStudioError, NotFound
 from ml_backend.label_studio.images import DiskCache, ImageSource
+from ml_backend.learning.contacts import Contacts
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
 from ml_backend.store.tables import Project
@@ -28,12 +30,16 @@ class LabelStudios:
         settings: address and token of the Label Studio that an admin named.
         database: remembers which projects are there.
         cache: disk cache of images, shared by all sources.
+
+    Attributes:
+        contacts: how each of them answers.
     """
 
     def __init__(self, settings: Settings, database: Database, cache: DiskCache) -> None:
         self._settings = settings
         self._database = database
         self._cache = cache
+        self.contacts = Contacts(database)
         self._lock = threading.Lock()
         self._clients: dict[tuple[str, str], LabelStudioClient] = {}
         self._sources: dict[tuple[str | None, str | None, str | None], ImageSource] = {}
@@ -52,6 +58,11 @@ class LabelStudios:
         if project.url and project.token:
             return self._client(project.url, project.token)
         return None
+
+    def wait(self, project: Project) -> float:
+        """Seconds after which a project's Label Studio, which fails, is worth asking again."""
+        client = self.client(project)
+        return self.contacts.wait(client.url if client else project.url or "")
 
     def images(self, project: Project) -> ImageSource:
         """Reads the images of a project's tasks."""
@@ -74,7 +85,9 @@ class LabelStudios:
     def _client(self, url: str, token: str) -> LabelStudioClient:
         with self._lock:
             if (url, token) not in self._clients:
-                self._clients[url, token] = LabelStudioClient(url, token)
+                self._clients[url, token] = LabelStudioClient(
+                    url, token, functools.partial(self.contacts.note, url)
+                )
             return self._clients[url, token]
 
     def _is_default(self, project: Project) -> bool:

@@ -32,8 +32,6 @@ _LOOK = 0.25
 _SILENCE = 900.0
 """An import into a project of 100,000 tasks may take Label Studio minutes."""
 _PR_SET_PDEATHSIG = 1
-_WORKER = "SUPERVISED_BY"
-"""Environment variable that tells a process which one its worker is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +71,8 @@ def training(settings: Settings) -> Program:
         "the training",
         # Reading images and measuring come on top of the budget of the training itself.
         limit=2 * settings.train_budget + 1800,
+        # It tells of every step; measuring thousands of images is done in one.
+        silence=settings.train_budget + _SILENCE,
     )
 
 
@@ -100,13 +100,8 @@ def supervise(
     """
     threads = str(settings.training_threads)
     process = subprocess.Popen(
-        [sys.executable, "-m", program.module, str(job_id)],
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": threads,
-            "MKL_NUM_THREADS": threads,
-            _WORKER: str(os.getpid()),
-        },
+        [sys.executable, "-m", program.module, str(job_id), str(os.getpid())],
+        env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
         start_new_session=True,
     )
     began = came_on = beaten = time.monotonic()
@@ -122,24 +117,33 @@ def supervise(
             jobs.beat(job_id)
             beaten = time.monotonic()
             if program.limit is not None and time.monotonic() > began + program.limit:
-                return Ended("crashed", "it went far beyond its time budget and was ended")
+                return Ended(
+                    "crashed", f"{program.what} went far beyond its time budget and was ended"
+                )
             if (now_at := _reached(jobs, job_id)) != reached:
                 reached, came_on = now_at, time.monotonic()
             if program.silence is not None and time.monotonic() > came_on + program.silence:
-                return Ended("crashed", f"it came no further for {program.silence / 60:g} minutes")
+                return Ended(
+                    "crashed",
+                    f"{program.what} came no further for {program.silence / 60:.3g} minutes and "
+                    "was ended",
+                )
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
-def lower_priority() -> None:
-    """Makes this process give way to every other, and die with its worker (Linux)."""
+def lower_priority(parent: int) -> None:
+    """Makes this process give way to every other, and die with its parent (Linux).
+
+    Args:
+        parent: its process id; killed by now, it could no longer tell us.
+    """
     os.nice(19)
     die_with_parent(signal.SIGKILL)
-    if os.environ.get(_WORKER, str(os.getppid())) != str(os.getppid()):
-        # It died before it could be said: another worker will have the job.
-        sys.exit("the worker is gone")
+    if os.getppid() != parent:
+        raise SystemExit("whoever started this is gone")
 
 
 def die_with_parent(signum: signal.Signals = signal.SIGTERM) -> None:

@@ -1,4 +1,4 @@
-"""`python -m ml_backend.learning.training_process JOB`: the process that a training runs in."""
+"""`python -m ml_backend.learning.training_process JOB PARENT`: a training's process."""
 
 from __future__ import annotations
 
@@ -6,19 +6,25 @@ import logging
 import sys
 import time
 
+from safetensors import SafetensorError
+
 from ml_backend.backend import Backend
 from ml_backend.detection.training import TrainingDiverged
 from ml_backend.learning.jobs import TakenOver
 from ml_backend.learning.supervisor import REFUSED, lower_priority
-from ml_backend.learning.training_run import TrainingRefused, TrainingRun
+from ml_backend.learning.training_run import PutOff, TrainingRefused, TrainingRun
 from ml_backend.settings import load_settings
 
 _log = logging.getLogger(__name__)
 
 
-def main(job_id: int) -> int:
+_NO_ROOM = 60.0
+"""Seconds, for each attempt, that an admin has to make room on a full disk."""
+
+
+def main(job_id: int, parent: int) -> int:
     """Runs one training; the exit status tells the supervisor how it ended."""
-    lower_priority()
+    lower_priority(parent)
     backend = Backend(load_settings())
     logging.basicConfig(
         level=backend.settings.log_level, format="%(asctime)s %(levelname)s training: %(message)s"
@@ -42,6 +48,14 @@ def main(job_id: int) -> int:
     except TrainingRefused as refused:
         backend.jobs.finish(job_id, "refused", str(refused))
         return REFUSED
+    except PutOff as reason:
+        backend.jobs.try_again(job_id, str(reason), wait=reason.wait, counts=False)
+        return REFUSED
+    except (OSError, SafetensorError) as error:
+        _log.exception("the training could not go on")
+        words = f"the training could not write or read a file: {error}"
+        backend.jobs.try_again(job_id, words, wait=_NO_ROOM * job.attempt)
+        return REFUSED
     except TrainingDiverged as diverged:
         # It would again: another attempt begins with the same seed.
         backend.jobs.finish(job_id, "failed", f"failed: {diverged}")
@@ -54,4 +68,4 @@ def main(job_id: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))

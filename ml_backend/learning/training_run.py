@@ -18,7 +18,8 @@ from ml_backend import __version__
 from ml_backend.detection.detector import CorruptDetector, Detector
 from ml_backend.detection.device import DeviceError, describe_device, resolve_device
 from ml_backend.detection.zoo import check
-from ml_backend.label_studio.client import LabelStudioError
+from ml_backend.label_studio.client import LabelStudioError, Passing
+from ml_backend.label_studio.images import ImageUnavailable
 from ml_backend.label_studio.label_config import LabelConfigError, parse_label_config
 from ml_backend.learning.dataset import Dataset, build_dataset
 from ml_backend.learning.honest import load_out_of_fold, save_out_of_fold
@@ -37,6 +38,18 @@ _log = logging.getLogger(__name__)
 
 class TrainingRefused(Exception):
     """There is nothing to train on; the text says why, and what to do."""
+
+
+class PutOff(Exception):
+    """It cannot be done now, and can later; the text says why.
+
+    Attributes:
+        wait: seconds after which it is worth another try.
+    """
+
+    def __init__(self, why: str, wait: float) -> None:
+        super().__init__(why)
+        self.wait = wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +96,12 @@ class TrainingRun:
 
         Raises:
             TrainingRefused: too little to learn from, nothing to detect, or a wrong setting.
+            PutOff: Label Studio fails, and images that are needed lie there.
             TrainingDiverged: the loss became NaN.
         """
         started = time.monotonic()
         device = self._checked()
-        project = self._read_back(project_id)
+        project, failure = self._read_back(project_id)
         try:
             config = parse_label_config(project.label_config)
         except LabelConfigError as error:
@@ -105,10 +119,14 @@ class TrainingRun:
                 folder,
                 max_pixels=self._settings.image_max_pixels,
                 random_share=self._settings.random_share,
+                # While Label Studio fails, those that lie there would count as gone.
+                leave_out=failure is None,
                 on_progress=lambda f, words: self._progress(0.1 * f, words),
             )
             _check(dataset)
             return self._learn(project, dataset, device, started)
+        except ImageUnavailable as error:
+            raise PutOff(str(failure or error), self._label_studios.wait(project)) from error
         finally:
             shutil.rmtree(folder)
 
@@ -121,21 +139,24 @@ class TrainingRun:
             raise TrainingRefused(f"refused because of a setting: {error}") from error
         return device
 
-    def _read_back(self, project_id: int) -> Project:
+    def _read_back(self, project_id: int) -> tuple[Project, Passing | None]:
+        """The project, brought up to date; and why that could not be, where it may be later."""
+        failure = None
         with self._database.reading() as session:
             project = session.get_one(Project, project_id)
         client = self._label_studios.client(project)
         if client is None:
             _log.warning("project %s: no token, nothing is read back", project.key)
-            return project
+            return project, None
         self._progress(0.0, "reading back what changed in Label Studio")
         try:
             reconcile(project, client, self._database, Ingest(self._database))
         except LabelStudioError as error:
             # What the webhooks told is enough to learn from; the next training reads back again.
             _log.warning("project %s is trained on what webhooks told: %s", project.key, error)
+            failure = error if isinstance(error, Passing) else None
         with self._database.reading() as session:
-            return session.get_one(Project, project_id)
+            return session.get_one(Project, project_id), failure
 
     def _learn(
         self, project: Project, dataset: Dataset, device: torch.device, started: float

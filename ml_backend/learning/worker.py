@@ -21,6 +21,7 @@ from huey.api import Huey
 from huey.consumer import ConsumerStopped
 from sqlalchemy import select
 
+from ml_backend.label_studio.client import Passing
 from ml_backend.learning.audits import Audits
 from ml_backend.learning.in_step import InStep
 from ml_backend.learning.jobs import Jobs, TakenOver
@@ -56,6 +57,12 @@ def make_queue(settings: Settings) -> Huey:
     file = Path(url.removeprefix("sqlite:///")) if url else settings.model_dir / "queue.db"
     file.parent.mkdir(parents=True, exist_ok=True)
     return SqliteHuey("ml-backend", filename=str(file), results=False)
+
+
+def turn(settings: Settings, kind: str) -> FileLock:
+    """Held by the one process on a `MODEL_DIR` that works on a kind of job; `Timeout` says that
+    another does."""
+    return FileLock(settings.model_dir / f"{kind}.lock", blocking=False)
 
 
 class Tasks:
@@ -226,9 +233,8 @@ class Worker:
     def _in_turn(self, kind: str, job_id: int, program: Program) -> Job | None:
         """Runs a job's program, unless one like it runs; None where it was not run."""
         # Two at once on one machine would only slow each other.
-        lock = FileLock(self._settings.model_dir / f"{kind}.lock", blocking=False)
         try:
-            with lock:
+            with turn(self._settings, kind):
                 return self._supervise(job_id, program)
         except Timeout:
             self._tasks.put(kind, job_id, wait=_BUSY)
@@ -273,6 +279,11 @@ class Worker:
             _log.warning("job %d was silent for too long, and another run has it now", job.id)
         except NotYet as reason:
             self._jobs.try_again(job.id, str(reason), wait=reason.wait, counts=False)
+        except Passing as failure:
+            with self._database.reading() as session:
+                project = session.get_one(Project, job.project_id)
+            wait = self._label_studios.wait(project)
+            self._jobs.try_again(job.id, str(failure), wait=wait, counts=False)
         except Exception as error:
             _log.exception("job %d", job.id)
             self._jobs.try_again(job.id, str(error), wait=60.0 * job.attempt)

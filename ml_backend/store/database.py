@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import sqlite3
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -23,6 +26,12 @@ from ml_backend.store.tables import Base
 _MIGRATIONS = Path(__file__).parent / "migrations"
 # Alembic keeps what it works on in a global of the process.
 _alembic = Lock()
+_COPIES = 3
+"""Copies of a SQLite file that are kept, each as it was before a change of its schema."""
+
+
+class SchemaError(RuntimeError):
+    """The schema cannot be brought to this release's; the text says why, and what helps."""
 
 
 class Database:
@@ -64,29 +73,56 @@ class Database:
         return (sqlite_insert if self.is_sqlite else postgresql_insert)(table)
 
     def migrate(self) -> None:
-        """Brings the schema to this release's; safe when several processes start together."""
+        """Brings the schema to this release's; safe when several processes start together.
+
+        A SQLite file of an older schema is copied beside itself first, as `….schema-` and the
+        number of that schema. In one transaction: killed, it has not begun.
+
+        Raises:
+            SchemaError: a newer release wrote it, or it could not be copied.
+            OSError: no file can be written there.
+        """
         # Before its import: that alone makes it talk of its plugins.
         logging.getLogger("alembic").setLevel(logging.WARNING)
         from alembic import command
         from alembic.config import Config
+        from alembic.script import ScriptDirectory
 
         config = Config()
         config.set_main_option("script_location", str(_MIGRATIONS))
         config.attributes["engine"] = self.engine
+        known = [script.revision for script in ScriptDirectory.from_config(config).walk_revisions()]
         if self.is_sqlite and self.engine.url.database:
             file = Path(self.engine.url.database)
             file.parent.mkdir(parents=True, exist_ok=True)
             with _alembic, FileLock(f"{file}.migrating"):
+                before = self._schema(known)
+                if before is not None and before != known[0]:
+                    _copy(file, before)
                 command.upgrade(config, "head")
             # Tokens that `/setup` brought lie in it: no one else may read it.
             file.chmod(0o600)
         else:
             with _alembic:
+                self._schema(known)
                 command.upgrade(config, "head")
 
     def close(self) -> None:
         """Gives the connections back."""
         self.engine.dispose()
+
+    def _schema(self, known: list[str]) -> str | None:
+        """The number of its schema, one of those that are known; None where it is empty."""
+        from alembic.migration import MigrationContext
+
+        with self.engine.execution_options(reading=True).connect() as connection:
+            revision = MigrationContext.configure(connection).get_current_revision()
+        if revision is not None and revision not in known:
+            raise SchemaError(
+                f"its schema is {revision}, and this release knows those up to {known[0]}: "
+                "install the release that wrote it, or restore a copy from before"
+            )
+        return revision
 
 
 def in_chunks(rows: Iterable[Mapping[str, Any]], size: int = 500) -> Iterator[list[dict[str, Any]]]:
@@ -99,6 +135,31 @@ def in_chunks(rows: Iterable[Mapping[str, Any]], size: int = 500) -> Iterator[li
             chunk = []
     if chunk:
         yield chunk
+
+
+def _copy(file: Path, schema: str) -> None:
+    """Copies a SQLite file, whole or not at all; the oldest copies go."""
+    try:
+        # Only its owner may read a temporary file, and a copy must not be seen half written.
+        descriptor, name = tempfile.mkstemp(prefix=f"{file.name}.copying-", dir=file.parent)
+        os.close(descriptor)
+        copy = Path(name)
+        try:
+            with closing(sqlite3.connect(file)) as old, closing(sqlite3.connect(copy)) as new:
+                # What still lies in its write-ahead log is copied as well.
+                old.backup(new)
+            copy.replace(file.with_name(f"{file.name}.schema-{schema}"))
+        except BaseException:
+            copy.unlink()
+            raise
+    except (OSError, sqlite3.Error) as error:
+        raise SchemaError(
+            f"its schema is older, and it could not be copied before it is changed: {error}; make "
+            "room beside it"
+        ) from error
+    for old_copy in sorted(file.parent.glob(f"{file.name}.schema-*"))[:-_COPIES]:
+        with suppress(OSError):
+            old_copy.unlink()
 
 
 def _engine(url: str) -> Engine:

@@ -108,7 +108,7 @@ class Registry:
             shutil.rmtree(doomed)
 
     def sweep(self) -> None:
-        """Deletes what a killed process left half written."""
+        """Deletes what a killed process left half written; only while no training runs."""
         for pattern in ("*/.building-*", "*/.removing-*"):
             for leftover in self._root.glob(pattern):
                 shutil.rmtree(leftover, ignore_errors=True)

@@ -205,6 +205,22 @@ class Audit(Base):
     """Boxes drawn by hand."""
 
 
+class Contact(Base):
+    """How a Label Studio answered of late, whichever of our processes asked."""
+
+    __tablename__ = "contacts"
+
+    url: Mapped[str] = mapped_column(Text, primary_key=True)
+    answered_at: Mapped[datetime | None]
+    """When it last did what was asked, to half a minute."""
+    failing_since: Mapped[datetime | None]
+    """Since when it has not; None while it does."""
+    failure: Mapped[str] = mapped_column(String(32), default="")
+    """The kind of failure, as `/metrics` names it; empty while it does what is asked."""
+    detail: Mapped[str] = mapped_column(Text, default="")
+    """The same in words."""
+
+
 class Job(Base):
     """Something that was asked for, what became of it, and why, in words."""
 

@@ -1,0 +1,78 @@
+"""Whether each Label Studio does what is asked of it: what `/metrics` and `doctor` tell of it.
+
+Server, worker and their processes all ask; each notes in the database what it meets with.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.exc import OperationalError
+
+from ml_backend.label_studio.client import Passing
+from ml_backend.store.database import Database
+from ml_backend.store.tables import Contact, now
+
+_log = logging.getLogger(__name__)
+
+_NOTE_EVERY = 30.0
+"""Seconds after which the same is noted again."""
+_SOONEST = timedelta(seconds=30)
+_LATEST = timedelta(minutes=10)
+
+
+class Contacts:
+    """Notes what becomes of requests to Label Studio.
+
+    Args:
+        database: where it is noted.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._lock = threading.Lock()
+        self._noted: dict[str, tuple[str, float]] = {}
+
+    def note(self, url: str, failure: Passing | None) -> None:
+        """Notes that a Label Studio did what was asked (None), or why it did not.
+
+        A database that is away is no reason for the request to fail.
+        """
+        kind = failure.kind if failure is not None else ""
+        with self._lock:
+            before, at = self._noted.get(url, (None, 0.0))
+            if kind == before and time.monotonic() < at + _NOTE_EVERY:
+                return
+            self._noted[url] = kind, time.monotonic()
+        try:
+            self._write(url, kind, str(failure) if failure is not None else "")
+        except OperationalError as error:
+            _log.warning("how %s answers is not noted: %s", url, error.orig)
+
+    def wait(self, url: str) -> float:
+        """Seconds after which one that fails is worth asking again: as long as it has failed."""
+        with self._database.reading() as session:
+            since = session.scalar(select(Contact.failing_since).where(Contact.url == url))
+        failing = now() - since if since is not None else _SOONEST
+        return min(max(failing, _SOONEST), _LATEST).total_seconds()
+
+    def all(self) -> list[Contact]:
+        """One for each Label Studio that was ever asked."""
+        with self._database.reading() as session:
+            return list(session.scalars(select(Contact).order_by(Contact.url)))
+
+    def _write(self, url: str, kind: str, detail: str) -> None:
+        moment: dict[str, Any] = {"failing_since": now()} if kind else {"answered_at": now()}
+        values = {"url": url, "failure": kind, "detail": detail, **moment}
+        statement = self._database.insert(Contact).values(values)
+        changed = {**values, "failing_since": None}
+        if kind:
+            since = statement.excluded.failing_since
+            changed["failing_since"] = func.coalesce(Contact.failing_since, since)
+        with self._database.session() as session:
+            session.execute(statement.on_conflict_do_update(index_elements=["url"], set_=changed))

@@ -1,0 +1,68 @@
+"""A detector that learns nothing, in no time: what is tested with it is what is around it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ml_backend.detection.zoo import Preset
+
+
+class _Module(nn.Module):
+    """Sees one box, in a corner where nothing is: each version is as good as the one before."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.transform = nn.Identity()
+        self.weight = nn.Parameter(torch.ones(outputs))
+
+    def forward(self, images: list[Tensor], targets: Any = None) -> Any:
+        if self.training:
+            return {"loss": self.weight.square().sum()}
+        return [
+            {
+                "boxes": torch.tensor([[0.0, 0.0, 0.02, 0.02]])
+                * torch.tensor([image.shape[2], image.shape[1]] * 2),
+                "scores": torch.tensor([0.9]),
+                "labels": torch.tensor([1]),
+            }
+            for image in images
+        ]
+
+
+class _Large(_Module):
+    """Four megabytes."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__(outputs)
+        self.ballast = nn.Parameter(torch.zeros(1 << 20))
+
+
+class _Hanging(_Module):
+    """Comes to no end when it learns."""
+
+    def forward(self, images: list[Tensor], targets: Any = None) -> Any:
+        while self.training:
+            time.sleep(1)
+        return super().forward(images, targets)
+
+
+PRESET = Preset(
+    name="stand-in",
+    build=_Module,
+    min_size=64,
+    max_size=96,
+    learning_rate=1e-3,
+    batch_size=4,
+    predict_batch=16,
+    steps=2,
+    epochs=0,
+)
+REFERENCE = f"{__name__}:PRESET"
+"""What `ML_BACKEND_PRESET` finds it by."""
+LARGE = replace(PRESET, name="large", build=_Large)
+HANGING = replace(PRESET, name="hanging", build=_Hanging)

@@ -1,0 +1,106 @@
+"""A piece of work in a process of its own, which dies where the test says."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import requests
+import torch
+from sqlalchemy.engine.default import DefaultDialect
+
+from ml_backend.detection import detector
+
+_WITHIN = 120
+
+# Its children begin with everything imported.
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(
+    ["tests.steps", "ml_backend.http.app", "ml_backend.learning.training_process"]
+)
+
+
+class Steps:
+    """Runs a piece of work in a process that dies at one of its steps.
+
+    Args:
+        settings: of the backend that works.
+        work: it; what it returns is ignored.
+    """
+
+    def __init__(
+        self,
+        settings: Mapping[str, str],
+        work: Callable[..., object],
+    ) -> None:
+        self._settings = dict(settings)
+        self._work = work
+
+    def count(self, *arguments: object, status: int = 0) -> int:
+        """Lets it come to its end, which has a status; answers how many steps that took."""
+        taken = _processes.RawValue("i", 0)
+        assert self._run(0, taken, arguments) == status
+        return int(taken.value)
+
+    def killed_at(self, step: int, *arguments: object) -> bool:
+        """Kills it at a step; answers whether it came so far."""
+        code = self._run(step, _processes.RawValue("i", 0), arguments)
+        assert code in (0, 3, -signal.SIGKILL), code
+        return code == -signal.SIGKILL
+
+    def _run(self, step: int, taken: Any, arguments: tuple[object, ...]) -> int | None:
+        process = _processes.Process(
+            target=_die_at, args=(step, taken, self._settings, self._work, arguments)
+        )
+        process.start()
+        process.join(_WITHIN)
+        if process.is_alive():
+            process.kill()
+            raise AssertionError(f"it hangs after step {taken.value}, killed at {step}")
+        return process.exitcode
+
+
+def _die_at(
+    step: int,
+    taken: Any,
+    settings: Mapping[str, str],
+    work: Callable[..., object],
+    arguments: tuple[object, ...],
+) -> None:
+    turn = threading.Lock()
+
+    def count() -> None:
+        with turn:
+            taken.value += 1
+            if taken.value == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def counted(of: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            count()
+            answer = of(*args, **kwargs)
+            count()
+            return answer
+
+        return called
+
+    for owner, name in (
+        (os, "fsync"),
+        (os, "rename"),
+        (os, "replace"),
+        (Path, "write_text"),
+        (detector, "save_file"),
+        (DefaultDialect, "do_commit"),
+        (requests.Session, "send"),
+    ):
+        setattr(owner, name, counted(getattr(owner, name)))
+    # Giving way to everything else is not what is tested.
+    os.nice = lambda _: 0
+    os.environ.update(settings)
+    torch.set_num_threads(1)
+    raise SystemExit(work(*arguments))

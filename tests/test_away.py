@@ -1,0 +1,341 @@
+"""A Label Studio that fails: what waits for it is put off, said, and done once it is back."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import requests
+import torch
+from sqlalchemy import select as select_rows
+from sqlalchemy import update
+
+from ml_backend.backend import Backend
+from ml_backend.demo.label_studio_server import LabelStudioServer, free_port
+from ml_backend.demo.project import LABEL_CONFIG, annotate, create_project
+from ml_backend.demo.shapes import SHAPES, ShapeImage, generate
+from ml_backend.detection.detector import Detector
+from ml_backend.detection.zoo import preset_named
+from ml_backend.http.app import create_app
+from ml_backend.label_studio import client as client_module
+from ml_backend.label_studio.client import LabelStudioClient, Unauthorized, Unreachable
+from ml_backend.learning.doctor import Doctor, Finding
+from ml_backend.learning.reconcile import reconcile
+from ml_backend.learning.supervisor import REFUSED
+from ml_backend.settings import load_settings
+from ml_backend.store.tables import Contact, Job, Project, now
+from tests import stand_in
+from tests.conftest import capture, make_live
+from tests.steps import Steps
+
+ANSWERS = {
+    "500": ("500 Internal Server Error", "text/plain", "boom"),
+    "401": ("401 Unauthorized", "application/json", '{"detail": "Invalid token."}'),
+    "HTML": ("200 OK", "text/html", "<html>Down for maintenance</html>"),
+}
+SAID = {
+    "refused": ("unreachable", "does not answer"),
+    "silent": ("unreachable", "does not answer"),
+    "500": ("failed", "failed with status 500"),
+    "401": ("unauthorized", "does not take the legacy token"),
+    "HTML": ("bad answer", "text/html instead of JSON"),
+}
+"""For each way to fail: its kind in `/metrics`, and what is said of it."""
+
+
+class Proxy:
+    """Stands before Label Studio: passes everything on, or fails as it is told.
+
+    Args:
+        port: Label Studio's.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._upstream = port
+        self._port = free_port()
+        self.url = f"http://127.0.0.1:{self._port}"
+        self._listener: socket.socket | None = None
+        self._open: set[socket.socket] = set()
+        self._how = ""
+        self.become("through")
+
+    def become(self, how: str) -> None:
+        """From now on it is `through`, `refused`, `silent`, or one of `ANSWERS`."""
+        self._how = how
+        if self._listener is not None:
+            with suppress(OSError):
+                # Only so does `accept` return.
+                self._listener.shutdown(socket.SHUT_RDWR)
+            self._listener.close()
+            self._listener = None
+        for connection in list(self._open):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        if how != "refused":
+            self._listener = socket.create_server(("127.0.0.1", self._port), backlog=64)
+            threading.Thread(target=self._take, args=(self._listener,), daemon=True).start()
+
+    def _take(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                connection = listener.accept()[0]
+            except OSError:
+                return
+            self._open.add(connection)
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            if self._how == "through":
+                self._pass_on(connection)
+            elif self._how == "silent":
+                while connection.recv(65536):
+                    """Takes all there is, and says nothing."""
+            else:
+                connection.recv(65536)
+                status, kind, body = ANSWERS[self._how]
+                head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nConnection: close\r\n"
+                connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        self._open.discard(connection)
+
+    def _pass_on(self, connection: socket.socket) -> None:
+        with socket.create_connection(("127.0.0.1", self._upstream)) as upstream:
+            other = {connection: upstream, upstream: connection}
+            while True:
+                for ready in select.select(list(other), [], [])[0]:
+                    if not (part := ready.recv(65536)):
+                        return
+                    other[ready].sendall(part)
+
+
+@pytest.fixture
+def proxy(label_studio: LabelStudioServer) -> Iterator[Proxy]:
+    """Before the real Label Studio."""
+    stands = Proxy(label_studio.port)
+    yield stands
+    stands.become("refused")
+
+
+class Site:
+    """A project in Label Studio, and a backend that reaches it by way of a proxy."""
+
+    def __init__(
+        self, server: LabelStudioServer, proxy: Proxy, folder: Path, images: list[ShapeImage]
+    ) -> None:
+        self.server = server
+        number, tasks = create_project(
+            server, "Away", LABEL_CONFIG, {i.name: i.encoded() for i in images}
+        )
+        self.number = number
+        self.images = {tasks[i.name]: i for i in images}
+        self.settings = {
+            "MODEL_DIR": str(folder),
+            "LABEL_STUDIO_URL": proxy.url,
+            "LABEL_STUDIO_API_KEY": server.login.token,
+            "ML_BACKEND_PRESET": stand_in.REFERENCE,
+            "ML_BACKEND_WEIGHTS": "none",
+            "ML_BACKEND_DEVICE": "cpu",
+            "ML_BACKEND_TRAIN_THREADS": "1",
+            "ML_BACKEND_IMAGE_TIMEOUT": "1",
+        }
+        self.backend = Backend(load_settings(self.settings))
+        self.key = LabelStudioClient(server.url, server.login.token).project(number).key
+        self.row = self.backend.ingest.introduce(self.key, number, label_config=LABEL_CONFIG).id
+
+    @property
+    def project(self) -> Project:
+        """As it is stored."""
+        with self.backend.database.reading() as session:
+            return session.get_one(Project, self.row)
+
+    def promote(self, version: str) -> None:
+        """Makes a version live."""
+        cpu = torch.device("cpu")
+        preset = preset_named(stand_in.REFERENCE, cpu)
+        detector = Detector.pretrained(preset, SHAPES[:3], "none", cpu)
+        make_live(self.backend, detector, version, key=self.key, label_config=LABEL_CONFIG)
+
+    def claimed(self, number: int) -> Job:
+        """A job whose wait is over, begun."""
+        with self.backend.database.session() as session:
+            session.execute(update(Job).where(Job.id == number).values(not_before=None))
+        job = self.backend.jobs.claim(number)
+        assert job is not None
+        return job
+
+    def job(self, number: int) -> Job:
+        """A job that is there."""
+        job = self.backend.jobs.get(number)
+        assert job is not None
+        return job
+
+    def was_put_off(self, number: int, how: str) -> None:
+        """That a job waits, says why, and is not blamed."""
+        job = self.job(number)
+        assert (job.state, job.attempt) == ("queued", 0), job.reason
+        assert SAID[how][1] in job.reason
+        assert job.not_before is not None
+        assert job.not_before > now() + timedelta(seconds=20)
+
+    def findings(self) -> dict[str, Finding]:
+        """What `doctor` finds, asking anew."""
+        again = Backend(load_settings(self.settings))
+        doctor = Doctor(again.settings, again.database, again.registry, again.label_studios)
+        return {finding.what: finding for finding in doctor.examine(self.number)}
+
+
+def _short_of_patience() -> None:
+    client_module._TIMEOUT = client_module._QUICK_TIMEOUT = (1, 1)
+
+
+def _autolabel(job: int) -> None:
+    from ml_backend.learning.autolabel_process import main
+
+    _short_of_patience()
+    # Without waiting for its threads.
+    os._exit(main(job, os.getppid()))
+
+
+def _train(job: int) -> int:
+    from ml_backend.learning.training_process import main
+
+    _short_of_patience()
+    return main(job, os.getppid())
+
+
+@pytest.fixture
+def short_of_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second instead of a minute."""
+    monkeypatch.setattr(client_module, "_TIMEOUT", (1, 1))
+    monkeypatch.setattr(client_module, "_QUICK_TIMEOUT", (1, 1))
+
+
+def test_what_waits_for_it_is_put_off_said_and_done_in_the_end(
+    label_studio: LabelStudioServer, proxy: Proxy, tmp_path: Path, short_of_patience: None
+) -> None:
+    site = Site(label_studio, proxy, tmp_path, generate(8, seed=61, width=128, height=96, most=2))
+    served = create_app(site.backend).test_client()
+    annotated = dict(list(site.images.items())[:4])
+    annotate(label_studio, annotated)
+    autolabel, train = Steps(site.settings, _autolabel), Steps(site.settings, _train)
+    # Known to be there, and the annotations known, as from webhooks.
+    client = site.backend.label_studios.client(site.project)
+    assert client is not None
+    reconcile(site.project, client, site.backend.database, site.backend.ingest)
+    training = site.backend.jobs.consider_training(site.row, forced=True).job
+
+    for number, how in enumerate(SAID, 1):
+        site.promote(f"v{number}")
+        asked = site.backend.jobs.consider_autolabel(site.row)
+        assert asked is not None
+        proxy.become(how)
+        site.claimed(asked.job)
+        autolabel.count(asked.job, status=REFUSED)
+        site.was_put_off(asked.job, how)
+        site.claimed(training)
+        train.count(training, status=REFUSED)
+        site.was_put_off(training, how)
+
+        # Reported, with the kind and in words.
+        kind, words = SAID[how]
+        line = f'label_studio_failing_seconds{{failure="{kind}",url="{proxy.url}"}}'
+        assert line in served.get("/metrics").text
+        found = site.findings()
+        assert words in found["requests"].detail
+        about = found["token" if how == "401" and "token" in found else "Label Studio"]
+        assert about.status == "error"
+
+        # An event is stored all the same.
+        body = capture("POST_webhook_ANNOTATION_CREATED")
+        body["annotation"]["id"] = 1_000_000 + number
+        assert served.post("/webhook", json=body).json == {"status": "stored", "changed": 1}
+
+        proxy.become("through")
+        site.claimed(asked.job)
+        autolabel.count(asked.job)
+        assert site.job(asked.job).state == "done"
+        gauge = f'label_studio_failing_seconds{{failure="",url="{proxy.url}"}} 0.0'
+        assert gauge in served.get("/metrics").text
+        assert "requests" not in site.findings()
+
+    site.claimed(training)
+    train.count(training)
+    trained = site.job(training)
+    assert (trained.state, trained.attempt) == ("done", 1), trained.reason
+    assert trained.version is not None
+    assert "-4tasks-" in trained.version
+    answer = requests.get(
+        f"{label_studio.url}/api/predictions/?project={site.number}",
+        headers={"Authorization": f"Token {label_studio.login.token}"},
+        timeout=60,
+    )
+    held = Counter((p["task"], p["model_version"]) for p in answer.json())
+    rest = [task for task in site.images if task not in annotated]
+    assert held == Counter((task, f"v{n}") for task in rest for n in range(1, len(SAID) + 1))
+
+
+def test_a_silent_one_costs_a_thread_once(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "_TIMEOUT", (1, 1))
+    client = LabelStudioClient(proxy.url, "0" * 40)
+    proxy.become("silent")
+    with pytest.raises(Unreachable, match="does not answer"):
+        client.whoami()
+    # The next ones are not kept waiting.
+    with pytest.raises(Unreachable, match="asked again in"):
+        client.whoami()
+    proxy.become("through")
+    monkeypatch.setattr(client, "_ask_again", 0.0)
+    # It answers, though not as wished.
+    for _ in range(2):
+        with pytest.raises(Unauthorized):
+            client.whoami()
+
+
+def test_a_page_instead_of_an_image_is_not_kept(
+    label_studio: LabelStudioServer, proxy: Proxy, tmp_path: Path
+) -> None:
+    site = Site(label_studio, proxy, tmp_path, generate(1, seed=62, width=128, height=96))
+    site.promote("v1")
+    served = create_app(site.backend).test_client()
+    (task,) = site.images
+    shown = requests.get(
+        f"{label_studio.url}/api/tasks/{task}/",
+        headers={"Authorization": f"Token {label_studio.login.token}"},
+        timeout=60,
+    ).json()
+    body = {
+        "tasks": [{"id": task, "data": shown["data"]}],
+        "project": site.key,
+        "label_config": LABEL_CONFIG,
+    }
+    for how in SAID:
+        proxy.become(how)
+        answer = served.post("/predict", json=body)
+        assert (answer.status_code, (answer.json or {})["results"]) == (200, [[]])
+    proxy.become("through")
+    answer = served.post("/predict", json=body)
+    assert (answer.json or {})["results"][0]["model_version"] == "v1"
+
+
+def test_who_waits_longer_asks_less_often(tmp_path: Path) -> None:
+    site = Backend(load_settings({"MODEL_DIR": str(tmp_path)}))
+    contacts = site.label_studios.contacts
+    contacts.note("http://there", Unreachable("it does not answer"))
+    with site.database.reading() as session:
+        assert session.scalars(select_rows(Contact.failure)).one() == "unreachable"
+    waits = []
+    for minutes in (0, 3, 60):
+        with site.database.session() as session:
+            session.execute(
+                update(Contact).values(failing_since=now() - timedelta(minutes=minutes))
+            )
+        waits.append(contacts.wait("http://there"))
+    assert waits == pytest.approx([30, 180, 600], abs=1)

@@ -1,0 +1,417 @@
+"""Harm done to a running backend, its processes and its disk: what is promised holds."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import os
+import random
+import resource
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import requests
+import torch
+from filelock import Timeout
+from sqlalchemy import select, update
+
+from ml_backend.backend import Backend
+from ml_backend.demo.label_studio_server import LabelStudioServer
+from ml_backend.demo.project import LABEL_CONFIG, create_project, regions
+from ml_backend.demo.shapes import SHAPES, generate
+from ml_backend.detection.detector import Detector
+from ml_backend.detection.zoo import preset_named
+from ml_backend.label_studio.client import LabelStudioClient
+from ml_backend.label_studio.events import AnnotationsChanged, parse_event
+from ml_backend.learning.jobs import STALE_AFTER
+from ml_backend.learning.supervisor import Program, supervise, training
+from ml_backend.learning.worker import turn
+from ml_backend.settings import load_settings
+from ml_backend.store.tables import Annotation, Job, ModelVersion, Project, now
+from tests import stand_in
+from tests.conftest import ROOT, RunningBackend, capture, make_live, wait_for
+from tests.steps import Steps
+
+ELSEWHERE = "987654.1795463889"
+"""Key of a project of some other Label Studio, of which only webhooks are heard."""
+VICTIMS = (
+    *("training", "worker", "auto-labelling", "server", "everything"),
+    *("worker", "training", "server", "auto-labelling", "worker"),
+)
+_PICTURES = [
+    base64.b64encode(image.encoded()).decode()
+    for image in generate(6, seed=71, width=128, height=96, most=2)
+]
+_REGIONS = [regions(image) for image in generate(6, seed=71, width=128, height=96, most=2)]
+
+
+def _detector() -> Detector:
+    cpu = torch.device("cpu")
+    detector = Detector.pretrained(preset_named(stand_in.REFERENCE, cpu), SHAPES[:3], "none", cpu)
+    detector.thresholds = dict.fromkeys(SHAPES[:3], 0.5)
+    return detector
+
+
+def _event(number: int) -> dict[str, Any]:
+    body = capture("POST_webhook_ANNOTATION_CREATED")
+    body["project"] |= {"id": 987654, "label_config": LABEL_CONFIG}
+    body["annotation"] |= {"id": number, "task": number % 20 + 1, "result": _REGIONS[number % 6]}
+    body["task"]["id"] = number % 20 + 1
+    body["task"]["data"] = {"image": f"data:image/jpeg;base64,{_PICTURES[number % 6]}"}
+    return body
+
+
+class Annotators:
+    """Send one annotation after the other, and remember which were acknowledged."""
+
+    def __init__(self, backend: RunningBackend) -> None:
+        self._backend = backend
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._work)
+        self.acknowledged: set[int] = set()
+        self.number = 0
+
+    def __enter__(self) -> Annotators:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        self._thread.join()
+
+    def went_on(self, before: int) -> bool:
+        """Whether more are acknowledged than before."""
+        return len(self.acknowledged) > before
+
+    def _work(self) -> None:
+        while not self._stopping.wait(0.1):
+            self.number += 1
+            try:
+                answer = requests.post(
+                    f"{self._backend.url}/webhook", json=_event(self.number), timeout=10
+                )
+            except requests.RequestException:
+                continue
+            if answer.ok:
+                self.acknowledged.add(self.number)
+
+
+@pytest.fixture(scope="module")
+def running(
+    label_studio: LabelStudioServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningBackend]:
+    """A backend that trains whenever an annotation arrives."""
+    backend = RunningBackend(
+        tmp_path_factory.mktemp("faults"),
+        PYTHONPATH=str(ROOT),
+        LABEL_STUDIO_URL=label_studio.url,
+        LABEL_STUDIO_API_KEY=label_studio.login.token,
+        ML_BACKEND_PRESET=stand_in.REFERENCE,
+        ML_BACKEND_TRAIN_MIN="2",
+        ML_BACKEND_TRAIN_EVERY="1",
+        ML_BACKEND_TRAIN_GROWTH="0",
+        ML_BACKEND_TRAIN_DELAY="0",
+        ML_BACKEND_TRAIN_THREADS="1",
+    )
+    yield backend
+    backend.stop()
+
+
+@pytest.fixture(scope="module")
+def seen(running: RunningBackend) -> Backend:
+    """The same state as the running one's, seen from here."""
+    return Backend(load_settings(running.settings))
+
+
+def _processes(backend: RunningBackend) -> dict[str, list[psutil.Process]]:
+    """What may be killed, by its name."""
+    found: dict[str, list[psutil.Process]] = {}
+    serve = psutil.Process(backend.pid)
+    for process in serve.children(recursive=True):
+        try:
+            words = " ".join(process.cmdline())
+            under_gunicorn = "gunicorn" in " ".join(process.parent().cmdline())  # type: ignore[union-attr]
+        except (psutil.NoSuchProcess, AttributeError):
+            continue
+        for name, part in (
+            ("training", "training_process"),
+            ("auto-labelling", "autolabel_process"),
+            ("worker", "ml_backend.cli worker"),
+        ):
+            if part in words:
+                found.setdefault(name, []).append(process)
+        if under_gunicorn:
+            found.setdefault("server", []).append(process)
+    found["everything"] = [serve, *serve.children(recursive=True)]
+    return found
+
+
+def _named(backend: RunningBackend, name: str) -> list[psutil.Process]:
+    return _processes(backend).get(name, [])
+
+
+def _answers(backend: RunningBackend) -> bool:
+    try:
+        return requests.get(f"{backend.url}/health", timeout=2).ok
+    except requests.RequestException:
+        return False
+
+
+def test_whatever_is_killed_nothing_is_lost_doubled_or_stuck(
+    label_studio: LabelStudioServer, running: RunningBackend, seen: Backend
+) -> None:
+    images = {i.name: i.encoded() for i in generate(30, seed=72, width=128, height=96)}
+    number, tasks = create_project(label_studio, "Killed for real", LABEL_CONFIG, images)
+    key = LabelStudioClient(label_studio.url, label_studio.login.token).project(number).key
+    detector = _detector()
+    make_live(seen, detector, "a0", key=key, label_config=LABEL_CONFIG)
+    make_live(seen, detector, "v0", key=ELSEWHERE, label_config=LABEL_CONFIG)
+    running.start()
+
+    def everything_acknowledged_is_there(acknowledged: set[int]) -> None:
+        with seen.database.reading() as session:
+            stored = set(session.scalars(select(Annotation.label_studio_id)))
+        assert acknowledged <= stored
+
+    def one_of_each_is_live_and_loads() -> None:
+        with seen.database.reading() as session:
+            for project in session.scalars(select(Project)):
+                (live,) = session.scalars(
+                    select(ModelVersion.name).where(
+                        ModelVersion.project_id == project.id, ModelVersion.state == "live"
+                    )
+                ).all()
+                assert live == project.live_version
+                folder = seen.registry.existing(project.key, live)
+                Detector.load(folder, torch.device("cpu"))
+
+    chance = random.Random(0)
+    killed_in_words = set()
+    with Annotators(running) as annotators:
+        for seed, name in enumerate(VICTIMS):
+            if name == "auto-labelling":
+                make_live(seen, detector, f"a{seed}", key=key, label_config=LABEL_CONFIG)
+            victims = wait_for(
+                functools.partial(_named, running, name), within=60, what=name, every=0.02
+            )
+            # Both take three seconds to begin.
+            time.sleep(chance.uniform(0, 4 if name in ("training", "auto-labelling") else 1))
+            killed_at = now()
+            for victim in victims:
+                if victim.is_running():
+                    victim.kill()
+            if name == "everything":
+                psutil.wait_procs(victims, 20)
+                running.kill()
+                running.start()
+            before = len(annotators.acknowledged)
+            wait_for(
+                functools.partial(annotators.went_on, before),
+                within=60,
+                what="annotations are acknowledged again",
+            )
+            if name in ("worker", "everything"):
+                # As if the half minute were over after which a silent job has lost its worker.
+                with seen.database.session() as session:
+                    session.execute(
+                        update(Job)
+                        .where(Job.state == "running", Job.heartbeat_at < killed_at)
+                        .values(heartbeat_at=now() - 2 * STALE_AFTER)
+                    )
+            everything_acknowledged_is_there(set(annotators.acknowledged))
+            one_of_each_is_live_and_loads()
+            with seen.database.reading() as session:
+                killed_in_words |= {
+                    job.reason.partition(";")[0] for job in session.scalars(select(Job))
+                }
+    assert len(annotators.acknowledged) > len(VICTIMS)
+    assert "the training was killed (out of memory, most likely)" in killed_in_words
+
+    def all_ended() -> bool:
+        with seen.database.session() as session:
+            # Nobody waits for what is put off.
+            session.execute(
+                update(Job).where(Job.state == "queued", Job.kind != "tidy").values(not_before=None)
+            )
+            projects = session.scalars(select(Project)).all()
+            busy = session.scalars(
+                select(Job).where(
+                    Job.state.in_(("waiting", "queued", "running")), Job.kind != "tidy"
+                )
+            ).all()
+        return not busy and all(p.trained_revision >= p.revision for p in projects)
+
+    wait_for(all_ended, within=120, what=f"every job ends: {running.tail()}", every=1)
+    everything_acknowledged_is_there(annotators.acknowledged)
+    one_of_each_is_live_and_loads()
+    answer = requests.get(
+        f"{label_studio.url}/api/predictions/?project={number}",
+        headers={"Authorization": f"Token {label_studio.login.token}"},
+        timeout=60,
+    )
+    held = Counter((p["task"], p["model_version"]) for p in answer.json())
+    assert set(held.values()) == {1}
+    with seen.database.reading() as session:
+        live = session.scalars(select(Project.live_version).where(Project.key == key)).one()
+    assert {task for task, version in held if version == live} == set(tasks.values())
+
+
+def test_a_full_disk_is_said_and_costs_nothing_that_was_acknowledged(
+    running: RunningBackend, seen: Backend
+) -> None:
+    if not _answers(running):
+        running.start()
+    task = {"id": 1, "data": {"image": f"data:image/jpeg;base64,{_PICTURES[0]}"}}
+    body = {"tasks": [task], "project": ELSEWHERE, "label_config": LABEL_CONFIG}
+    make_live(seen, _detector(), "roomy", key=ELSEWHERE, label_config=LABEL_CONFIG)
+    wait_for(
+        lambda: running.post("/predict", body).json()["model_version"] == "roomy",
+        within=20,
+        what="it serves",
+    )
+    family = [p for p in _processes(running)["everything"] if p.is_running()]
+    before = {p.pid: resource.prlimit(p.pid, resource.RLIMIT_FSIZE) for p in family}
+    for process in family:
+        # No file of theirs can be written: it is as if the disk were full, for these alone.
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (0, before[process.pid][1]))
+    refused = running.post("/webhook", _event(500_001))
+    assert refused.status_code == 503
+    assert "the database or the queue cannot be used" in refused.json()["error"]
+    assert "Traceback" not in refused.text
+    assert running.get("/health").ok
+    assert running.get("/metrics").ok
+    predicted = running.post("/predict", body)
+    assert (predicted.status_code, predicted.json()["model_version"]) == (200, "roomy")
+    for process in family:
+        if process.is_running():
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, before[process.pid])
+    assert running.post("/webhook", _event(500_002)).json() == {"status": "stored", "changed": 1}
+    with seen.database.reading() as session:
+        stored = set(session.scalars(select(Annotation.label_studio_id)))
+    assert 500_002 in stored
+    assert 500_001 not in stored
+
+
+def test_two_servers_on_one_folder_are_as_one(running: RunningBackend, seen: Backend) -> None:
+    if not _answers(running):
+        running.start()
+    # On the same port it says in one line why not.
+    again = running.command("serve", status=2)
+    assert again == ""
+    second = RunningBackend(running.log.parent / "second", **running.settings)
+    second.log.parent.mkdir()
+    second.settings |= {"PORT": str(second.port), "MODEL_DIR": str(running.model_dir)}
+    folder = running.model_dir / "projects" / ELSEWHERE / ".building-now"
+    folder.mkdir(parents=True)
+    with wait_for(lambda: _held(seen), within=60, what="no training runs"):
+        # What a training is writing is not swept away by the start of another server.
+        second.start()
+        assert folder.is_dir()
+    try:
+        for number, backend in enumerate((running, second), 600_001):
+            assert backend.post("/webhook", _event(number)).ok
+        with seen.database.reading() as session:
+            stored = set(session.scalars(select(Annotation.label_studio_id)))
+        assert {600_001, 600_002} <= stored
+    finally:
+        second.stop()
+
+
+def _held(seen: Backend) -> Any:
+    lock = turn(seen.settings, "train")
+    try:
+        lock.acquire()
+    except Timeout:
+        return None
+    return lock
+
+
+# A training by itself
+
+
+def _asked_for(folder: Path, preset: str) -> tuple[Backend, int]:
+    settings = {
+        "MODEL_DIR": str(folder),
+        "ML_BACKEND_PRESET": f"tests.stand_in:{preset}",
+        "ML_BACKEND_WEIGHTS": "none",
+        "ML_BACKEND_DEVICE": "cpu",
+        "ML_BACKEND_TRAIN_THREADS": "1",
+    }
+    backend = Backend(load_settings(settings))
+    make_live(backend, _detector(), "v0", key=ELSEWHERE, label_config=LABEL_CONFIG)
+    for number in range(1, 7):
+        event = parse_event(_event(number))
+        assert isinstance(event, AnnotationsChanged)
+        backend.ingest.apply(event, event.project)
+    with backend.database.reading() as session:
+        project = session.scalars(select(Project)).one()
+    number = backend.jobs.consider_training(project.id, forced=True).job
+    return backend, number
+
+
+def _train_with_little_room(job: int) -> int:
+    from ml_backend.learning.training_process import main
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 21, resource.RLIM_INFINITY))
+    return main(job, os.getppid())
+
+
+def test_a_checkpoint_that_the_disk_has_no_room_for_is_said(tmp_path: Path) -> None:
+    backend, number = _asked_for(tmp_path, "LARGE")
+    settings = {
+        **{k: v for k, v in os.environ.items() if k == "PATH"},
+        "MODEL_DIR": str(tmp_path),
+        "ML_BACKEND_PRESET": "tests.stand_in:LARGE",
+        "ML_BACKEND_WEIGHTS": "none",
+        "ML_BACKEND_DEVICE": "cpu",
+    }
+    steps = Steps(settings, _train_with_little_room)
+    for attempt in (1, 2, 3):
+        assert backend.jobs.claim(number) is not None
+        steps.count(number, status=3)
+        job = backend.jobs.get(number)
+        assert job is not None
+        assert "the training could not write or read a file: " in job.reason
+        assert "File too large" in job.reason
+        assert (job.state, job.attempt) == ("failed" if attempt == 3 else "queued", attempt)
+        with backend.database.session() as session:
+            session.execute(update(Job).values(not_before=None))
+    folder = tmp_path / "projects" / ELSEWHERE
+    assert [path.name for path in folder.iterdir()] == ["v0"]
+    with backend.database.reading() as session:
+        assert session.scalars(select(Project.live_version)).one() == "v0"
+
+
+def test_a_training_that_hangs_is_ended_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend, number = _asked_for(tmp_path, "HANGING")
+    assert backend.jobs.claim(number) is not None
+    for name, value in {
+        "MODEL_DIR": str(tmp_path),
+        "ML_BACKEND_PRESET": "tests.stand_in:HANGING",
+        "ML_BACKEND_WEIGHTS": "none",
+        "ML_BACKEND_DEVICE": "cpu",
+        "PYTHONPATH": str(ROOT),
+    }.items():
+        monkeypatch.setenv(name, value)
+    # The real one waits longer; but it does not wait for ever.
+    real = training(backend.settings)
+    assert real.silence is not None
+    assert real.silence <= backend.settings.train_budget + 900
+    program = Program(real.module, real.what, silence=6)
+    ended = supervise(program, number, backend.jobs, backend.settings, threading.Event())
+    assert ended.status == "crashed"
+    assert ended.reason == "the training came no further for 0.1 minutes and was ended"
+    me = psutil.Process()
+    assert not [c for c in me.children() if real.module in c.cmdline()]
+    job = backend.jobs.get(number)
+    assert job is not None
+    assert job.state == "running"
+    assert backend.jobs.try_again(number, ended.reason, wait=0)

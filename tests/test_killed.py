@@ -1,0 +1,299 @@
+"""kill -9 before and after each step that leaves a trace: a write, a rename, a commit, a request.
+
+The real code runs in a process of its own, and is killed at one of its steps; kills are spread
+evenly over them. Then everything is looked at, and it is begun again, as after a restart.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import sqlite3
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import requests
+import torch
+from sqlalchemy import select, update
+
+from ml_backend.backend import Backend
+from ml_backend.demo.label_studio_server import LabelStudioServer
+from ml_backend.demo.project import LABEL_CONFIG, create_project, regions
+from ml_backend.demo.shapes import SHAPES, generate
+from ml_backend.detection.detector import Detector
+from ml_backend.detection.zoo import preset_named
+from ml_backend.label_studio.client import LabelStudioClient
+from ml_backend.label_studio.events import AnnotationsChanged, parse_event
+from ml_backend.settings import load_settings
+from ml_backend.store.database import Database
+from ml_backend.store.tables import Annotation, Job, ModelVersion, Project
+from tests import stand_in
+from tests.conftest import capture, make_live
+from tests.steps import Steps
+
+KEY = "7.1795463889"
+STORING, TRAINING, AUTO_LABELLING, MIGRATING = 10, 24, 10, 6
+"""Kills; fifty in all."""
+CPU = torch.device("cpu")
+
+
+def _spread(kills: int, steps: int) -> Iterator[int]:
+    """So many of the steps, evenly."""
+    assert steps >= kills, f"{steps} steps are too few"
+    return iter(1 + number * steps // kills for number in range(kills))
+
+
+def _settings(folder: Path, **more: str) -> dict[str, str]:
+    return {
+        "MODEL_DIR": str(folder),
+        "ML_BACKEND_PRESET": stand_in.REFERENCE,
+        "ML_BACKEND_WEIGHTS": "none",
+        "ML_BACKEND_DEVICE": "cpu",
+        "ML_BACKEND_TRAIN_THREADS": "1",
+        **more,
+    }
+
+
+def _stand_in() -> Detector:
+    detector = Detector.pretrained(preset_named(stand_in.REFERENCE, CPU), SHAPES[:3], "none", CPU)
+    detector.thresholds = dict.fromkeys(SHAPES[:3], 0.5)
+    return detector
+
+
+def _one_is_live_and_loads(backend: Backend) -> str:
+    """Of the only project; answers which version."""
+    with backend.database.reading() as session:
+        project = session.scalars(select(Project)).one()
+        versions = session.scalars(select(ModelVersion)).all()
+    (live,) = [v.name for v in versions if v.state == "live"]
+    assert live == project.live_version
+    for version in versions:
+        # What can be rolled back to is there as well, whole.
+        if version.state != "pruned":
+            Detector.load(backend.registry.existing(project.key, version.name), CPU)
+    return live
+
+
+# Storing an event
+
+
+def _store(first: int, receipts: str) -> int:
+    """Posts ten annotations to the application; notes each that is acknowledged."""
+    from ml_backend.http.app import create_app
+
+    backend = Backend(load_settings())
+    client = create_app(backend).test_client()
+    with Path(receipts).open("a", buffering=1) as file:
+        for number in range(first, first + 10):
+            if client.post("/webhook", json=_event(number)).status_code == 200:
+                file.write(f"{number}\n")
+    # Without waiting for its threads.
+    os._exit(0)
+
+
+def _event(number: int) -> dict[str, Any]:
+    body = capture("POST_webhook_ANNOTATION_CREATED")
+    body["annotation"] |= {"id": number, "task": number}
+    body["task"]["id"] = number
+    return body
+
+
+def test_what_was_acknowledged_is_there(tmp_path: Path) -> None:
+    settings = _settings(tmp_path / "state")
+    steps = Steps(settings, _store)
+    receipts = tmp_path / "receipts"
+    # The first start migrates as well.
+    steps.count(1, str(receipts))
+    total = steps.count(101, str(receipts))
+    for number, step in enumerate(_spread(STORING, total), 1):
+        assert steps.killed_at(step, 1000 * number, str(receipts))
+    backend = Backend(load_settings(settings))
+    with backend.database.reading() as session:
+        stored = set(session.scalars(select(Annotation.label_studio_id)))
+        revision = session.scalars(select(Project.revision)).one()
+        tasks = session.scalars(select(Annotation.task_id)).all()
+    acknowledged = {int(line) for line in receipts.read_text().split()}
+    assert len(acknowledged) > 10
+    assert acknowledged <= stored
+    # At most one was stored without an acknowledgement by each that was killed; none in part.
+    assert len(stored - acknowledged) <= STORING
+    assert (revision, None in tasks) == (len(stored), False)
+
+
+# Training: writing a checkpoint, promoting
+
+
+def _train(job: int) -> int:
+    from ml_backend.learning.training_process import main
+
+    return main(job, os.getppid())
+
+
+def test_a_training_killed_anywhere_leaves_one_version_live(tmp_path: Path) -> None:
+    settings = _settings(tmp_path, ML_BACKEND_KEEP_VERSIONS="2")
+    backend = Backend(load_settings(settings))
+    make_live(backend, _stand_in(), "v0", key=KEY, label_config=LABEL_CONFIG)
+    for number, image in enumerate(generate(6, seed=51, width=128, height=96, most=2), 1):
+        encoded = base64.b64encode(image.encoded()).decode()
+        body = _event(number)
+        body["project"] |= {"id": 7, "label_config": LABEL_CONFIG}
+        body["annotation"]["result"] = regions(image)
+        body["task"]["data"] = {"image": f"data:image/jpeg;base64,{encoded}"}
+        event = parse_event(body)
+        assert isinstance(event, AnnotationsChanged)
+        backend.ingest.apply(event, event.project)
+    with backend.database.reading() as session:
+        project = session.scalars(select(Project)).one()
+    steps = Steps(settings, _train)
+
+    def asked_for() -> int:
+        number = backend.jobs.consider_training(project.id, forced=True).job
+        with backend.database.session() as session:
+            session.execute(update(Job).values(not_before=None))
+        assert backend.jobs.claim(number) is not None
+        return number
+
+    def ended(number: int) -> str:
+        job = backend.jobs.get(number)
+        assert job is not None
+        return job.state
+
+    first = asked_for()
+    total = steps.count(first)
+    assert ended(first) == "done"
+    seen = {_one_is_live_and_loads(backend)}
+    for step in _spread(TRAINING, total):
+        job = asked_for()
+        # A run of another length may end before it.
+        killed = steps.killed_at(step, job)
+        assert killed or step > total - 5
+        seen.add(_one_is_live_and_loads(backend))
+        # What its worker does.
+        backend.jobs.try_again(job, "the training was killed", wait=0)
+        assert ended(job) in {"queued", "failed", "done"}
+    backend.registry.sweep()
+    last = asked_for()
+    steps.count(last)
+    assert ended(last) == "done"
+    seen.add(_one_is_live_and_loads(backend))
+    assert len(seen) > 3
+    leftovers = [p.name for p in (tmp_path / "projects" / KEY).iterdir() if p.name[0] == "."]
+    assert leftovers == []
+    assert list((tmp_path / "training").iterdir()) == []
+
+
+# Auto-labelling
+
+
+def _autolabel(job: int) -> int:
+    from ml_backend.learning.autolabel_process import main
+
+    # Without waiting for its threads.
+    os._exit(main(job, os.getppid()))
+
+
+def test_auto_labelling_killed_anywhere_doubles_nothing(
+    label_studio: LabelStudioServer, tmp_path: Path
+) -> None:
+    images = {i.name: i.encoded() for i in generate(45, seed=52, width=128, height=96)}
+    number, tasks = create_project(label_studio, "Killed", LABEL_CONFIG, images)
+    settings = _settings(
+        tmp_path,
+        LABEL_STUDIO_URL=label_studio.url,
+        LABEL_STUDIO_API_KEY=label_studio.login.token,
+    )
+    backend = Backend(load_settings(settings))
+    key = LabelStudioClient(label_studio.url, label_studio.login.token).project(number).key
+    steps = Steps(settings, _autolabel)
+    detector = _stand_in()
+
+    def live(version: str) -> int:
+        make_live(backend, detector, version, key=key, label_config=LABEL_CONFIG)
+        with backend.database.reading() as session:
+            project = session.scalars(select(Project)).one()
+        asked = backend.jobs.consider_autolabel(project.id)
+        assert asked is not None
+        assert backend.jobs.claim(asked.job) is not None
+        return asked.job
+
+    def held() -> Counter[tuple[int, str]]:
+        answer = requests.get(
+            f"{label_studio.url}/api/predictions/?project={number}",
+            headers={"Authorization": f"Token {label_studio.login.token}"},
+            timeout=60,
+        )
+        return Counter((p["task"], p["model_version"]) for p in answer.json())
+
+    # The first time it asks whether the project is there.
+    steps.count(live("v0"))
+    total = steps.count(live("v1"))
+    expected = Counter((task, version) for task in tasks.values() for version in ("v0", "v1"))
+    assert held() == expected
+    for attempt, step in enumerate(_spread(AUTO_LABELLING, total), 2):
+        version = f"v{attempt}"
+        job = live(version)
+        assert steps.killed_at(step, job)
+        assert set(held().values()) == {1}
+        if backend.jobs.try_again(job, "it was killed", wait=0):
+            assert backend.jobs.claim(job) is not None
+            steps.count(job)
+        ended = backend.jobs.get(job)
+        assert ended is not None
+        assert ended.state == "done"
+        expected += Counter((task, version) for task in tasks.values())
+        assert held() == expected
+
+
+# Migrating
+
+
+def _migrate(url: str) -> int:
+    Database(url).migrate()
+    return 0
+
+
+def _at_schema(file: Path, revision: str) -> None:
+    from alembic import command
+    from alembic.config import Config
+
+    import ml_backend.store as store
+
+    database = Database(f"sqlite:///{file}")
+    config = Config()
+    config.set_main_option("script_location", str(Path(store.__path__[0]) / "migrations"))
+    config.attributes["engine"] = database.engine
+    command.upgrade(config, revision)
+    with database.engine.begin() as connection:
+        connection.exec_driver_sql(
+            "INSERT INTO projects (key, label_studio_id, title, label_config, revision, "
+            "trained_revision, created_at) VALUES ('1.5', 1, 'old', '', 3, 0, '2026-01-01')"
+        )
+    database.close()
+
+
+def test_a_migration_killed_anywhere_can_be_begun_again(tmp_path: Path) -> None:
+    steps = Steps({}, _migrate)
+
+    def old(name: str) -> str:
+        _at_schema(tmp_path / name, "0001")
+        return f"sqlite:///{tmp_path / name}"
+
+    for older in ("0000a", "0000b", "0000c"):
+        (tmp_path / f"whole.schema-{older}").touch()
+    total = steps.count(old("whole"))
+    copies = sorted(path.name for path in tmp_path.glob("whole.schema-*"))
+    assert copies == [f"whole.schema-{schema}" for schema in ("0000b", "0000c", "0001")]
+    assert (tmp_path / copies[-1]).stat().st_mode & 0o077 == 0
+    for step in _spread(min(MIGRATING, total), total):
+        url = old(f"killed-{step}")
+        assert steps.killed_at(step, url)
+        database = Database(url)
+        database.migrate()
+        with database.reading() as session:
+            assert session.scalars(select(Project.title)).one() == "old"
+        database.close()
+        with closing(sqlite3.connect(tmp_path / f"killed-{step}.schema-0001")) as copy:
+            assert copy.execute("SELECT title, revision FROM projects").fetchall() == [("old", 3)]
