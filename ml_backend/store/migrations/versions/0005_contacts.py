@@ -1,6 +1,6 @@
 """Contacts: whether each Label Studio does what is asked of it, and since when it does not.
 
-Revision ID: 0004
+Revision ID: 0005
 """
 
 import sqlalchemy as sa
@@ -8,8 +8,8 @@ from alembic import op
 
 from ml_backend.store.tables import UTCDateTime
 
-revision = "0004"
-down_revision = "0003"
+revision = "0005"
+down_revision = "0004"
 branch_labels = None
 depends_on = None
 
