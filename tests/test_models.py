@@ -162,7 +162,7 @@ class _Slow:
 
     def fetch(self, task: int | None, value: str) -> bytes:
         """A picture, after all."""
-        self.through.wait(30)
+        self.through.wait(300)
         return self._picture
 
 
