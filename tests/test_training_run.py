@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from sqlalchemy import update
 from torch import nn
 
 from ml_backend.backend import Backend
@@ -22,7 +23,8 @@ from ml_backend.detection.zoo import PRESETS, fcos_shufflenet
 from ml_backend.label_studio.events import AnnotationInfo, AnnotationsChanged, ProjectInfo, TaskInfo
 from ml_backend.learning.supervisor import REFUSED
 from ml_backend.settings import load_settings
-from ml_backend.store.tables import Job
+from ml_backend.store.database import Database
+from ml_backend.store.tables import Job, now
 from tests.conftest import ROOT
 
 MOMENT = datetime(2026, 1, 1, tzinfo=UTC)
@@ -53,6 +55,16 @@ class _Diverging(nn.Module):
 
 
 DIVERGING = replace(SHORT, build=_Diverging)
+
+
+def _build_while_another_takes_the_job(outputs: int) -> nn.Module:
+    database = Database(load_settings().database)
+    with database.session() as session:
+        session.execute(update(Job).values(started_at=now()))
+    return fcos_shufflenet(outputs)
+
+
+TAKEN_OVER = replace(SHORT, build=_build_while_another_takes_the_job)
 
 
 def _train(
@@ -151,6 +163,21 @@ def test_a_training_that_diverges_says_so(tmp_path: Path) -> None:
     status, job = _train(tmp_path, {"ML_BACKEND_PRESET": "tests.test_training_run:DIVERGING"})
     assert (status, job.state) == (REFUSED, "failed")
     assert job.reason.startswith("failed: the loss became nan after 0 steps: a smaller learning")
+
+
+def test_a_training_that_another_worker_took_over_ends_and_leaves_the_job_to_it(
+    tmp_path: Path,
+) -> None:
+    status, job = _train(tmp_path, {"ML_BACKEND_PRESET": "tests.test_training_run:TAKEN_OVER"})
+    assert (status, job.state, job.version) == (REFUSED, "running", None)
+    assert list(tmp_path.glob("projects/*/*")) == []
+
+
+def test_a_training_whose_worker_died_before_it_was_up_does_nothing(tmp_path: Path) -> None:
+    gone = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True).stdout.strip()
+    status, job = _train(tmp_path, {"SUPERVISED_BY": gone})
+    assert (status, job.state, job.progress) == (1, "running", 0)
+    assert list(tmp_path.glob("projects/*/*")) == []
 
 
 def test_the_images_of_one_task_are_too_little(tmp_path: Path) -> None:

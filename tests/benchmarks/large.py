@@ -135,9 +135,10 @@ def _peaks(backend: RunningBackend) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """What some work took: seconds, and MiB at its peak."""
+    """What some work took: seconds, seconds of a core among them, and MiB at its peak."""
 
     seconds: float
+    core: float
     peak: float
 
 
@@ -156,6 +157,7 @@ def _aside(
         process.join()
     return {
         f"{what}: s": measured.seconds,
+        f"{what}: s of a core": measured.core,
         f"{what}: peak MiB": measured.peak,
         f"{what}: slowest /webhook ms": 1000 * max(taken),
     }
@@ -163,8 +165,11 @@ def _aside(
 
 def _do(work: Callable[[Backend], None], settings: Settings, answer: Connection) -> None:
     backend = Backend(settings)
+    before = time.process_time()
     seconds = _seconds(lambda: work(backend))
-    answer.send(_Measured(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+    core = time.process_time() - before
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    answer.send(_Measured(seconds, core, peak))
 
 
 def _project(backend: Backend) -> Project:
