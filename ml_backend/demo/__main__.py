@@ -22,7 +22,7 @@ from ml_backend.demo.label_studio_server import (
     DidNotStart,
     LabelStudioServer,
     Login,
-    free_port,
+    free_ports,
     wait_until_healthy,
 )
 from ml_backend.demo.project import LABEL_CONFIG, annotate, create_project
@@ -104,7 +104,7 @@ def _state(file: Path) -> dict[str, Any]:
     state = {
         "password": os.urandom(6).hex(),
         "token": os.urandom(20).hex(),
-        "ports": [free_port(), free_port()],
+        "ports": free_ports(2),
     }
     file.write_text(json.dumps(state))
     file.chmod(0o600)
