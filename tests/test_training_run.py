@@ -73,6 +73,7 @@ def _train(
     *,
     readable: int = 12,
     config: str = CONFIG,
+    worker: int | None = None,
 ) -> tuple[int, Job]:
     """Runs a training's process on annotated images; answers how it ended."""
     known = replace(PROJECT, label_config=config)
@@ -120,7 +121,7 @@ def _train(
             "-m",
             "ml_backend.learning.training_process",
             str(asked.job),
-            str(os.getpid()),
+            str(worker or os.getpid()),
         ],
         env={**os.environ, **chosen},
         cwd=ROOT,
@@ -174,8 +175,8 @@ def test_a_training_that_another_worker_took_over_ends_and_leaves_the_job_to_it(
 
 
 def test_a_training_whose_worker_died_before_it_was_up_does_nothing(tmp_path: Path) -> None:
-    gone = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True).stdout.strip()
-    status, job = _train(tmp_path, {"SUPERVISED_BY": gone})
+    gone = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True).stdout
+    status, job = _train(tmp_path, worker=int(gone))
     assert (status, job.state, job.progress) == (1, "running", 0)
     assert list(tmp_path.glob("projects/*/*")) == []
 
