@@ -232,8 +232,8 @@ def test_a_project_learns_a_label_is_added_and_a_version_is_taken_back(
     # Label Studio follows: title and version are the same, an opened task shows boxes.
     wait_for(lambda: site.connection()["title"] == version, within=20, what="the title follows")
     assert site.settings()["model_version"] == version
-    assert shown_version(site, unseen[0], version)
     the_rest_is_labelled(backend, version)
+    assert shown_version(site, unseen[0], version)
     site.retrieve(unseen)
     quality = site.quality(unseen, version)
     assert quality.map50 > 0.8, quality
