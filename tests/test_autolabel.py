@@ -122,7 +122,7 @@ class Site:
             under_way = jobs[0].state == "running" and 0 < jobs[0].progress < 1
             return jobs[0] if under_way else None
 
-        job = wait_for(part, within=60, what="it is under way", every=0.02)
+        job = wait_for(part, within=180, what="it is under way", every=0.02)
         assert isinstance(job, Job)
         return job
 
@@ -183,7 +183,7 @@ def test_killed_half_way_it_goes_on_and_doubles_nothing(
         process.kill()
         wait_for(lambda: site.jobs()[0].state == "queued", within=20, what="it is put back")
         site.change(first, not_before=now(), heartbeat_at=now() - 2 * STALE_AFTER)
-        wait_for(lambda: _processes(backend), within=60, what="it goes on", every=0.02)
+        wait_for(lambda: _processes(backend), within=180, what="it goes on", every=0.02)
         # The whole backend, with all of its processes.
         family = psutil.Process(backend.pid).children(recursive=True)
         for member in [psutil.Process(backend.pid), *family]:
@@ -239,7 +239,7 @@ def test_what_newer_predictions_replace_is_removed_and_nothing_else(
     # What people made of them is counted first.
     removed = wait_for(
         lambda: site.jobs("tidy")[0].state == "done" and site.jobs("tidy")[0],
-        within=60,
+        within=180,
         what="older predictions are removed",
     )
     assert removed.reason == ("24 predictions of older versions removed (v1), and 1 doubled ones")
@@ -374,10 +374,10 @@ def test_ctrl_c_leaves_it_running(label_studio: LabelStudioServer, running: Runn
         stderr=subprocess.PIPE,
         text=True,
     ) as command:
-        wait_for(lambda: len(site.jobs()) == 2, within=60, what="its job")
+        wait_for(lambda: len(site.jobs()) == 2, within=180, what="its job")
         site.under_way()
         command.send_signal(signal.SIGINT)
-        _, said = command.communicate(timeout=30)
+        _, said = command.communicate(timeout=120)
     assert command.returncode == 130, said
     assert "goes on without you" in said
     site.done("v1")

@@ -467,7 +467,7 @@ def test_what_a_request_leaves_over_is_finished_and_imported(
         )
         wait_for(
             lambda: unstarted.json("status")[0]["jobs"][0]["state"] == "done",
-            within=60,
+            within=180,
             what="the left-over tasks are predicted",
         )
         assert "left over" in job["reason"] or "predict" in job["reason"]
