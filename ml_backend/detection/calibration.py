@@ -123,10 +123,7 @@ def calibrate(found: Detections, labels: Sequence[str], calibration: Calibration
         if curve is not None:
             mine = found.labels == c
             scores[mine] = curve(found.where(mine))
-    order = np.argsort(-scores, kind="stable")
-    return dataclasses.replace(
-        found, boxes=found.boxes[order], scores=scores[order], labels=found.labels[order]
-    )
+    return dataclasses.replace(found, scores=scores).ranked()
 
 
 def _fit(found: Sequence[Detections], right: Sequence[_Bools]) -> Curve:

@@ -165,8 +165,7 @@ class _Image:
     """One image's candidates, with what each would save."""
 
     def __init__(self, found: Detections, sample: Sample, costs: CostModel) -> None:
-        order = np.argsort(-found.scores, kind="stable")
-        self._found = Detections(found.boxes[order], found.scores[order], found.labels[order])
+        self._found = found.ranked()
         self.labels = frozenset(found.labels.tolist())
         self._costs = costs
         self._boxes = len(sample.labels)

@@ -257,12 +257,11 @@ class Detector:
         # Output 0 is nobody's label; a box without an area shows nothing.
         area = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
         keep = (labels >= 0) & (scores >= floor) & area
-        order = np.flatnonzero(keep)[np.argsort(-scores[keep], kind="stable")]
         found = Detections(
-            boxes[order].astype(np.float32),
-            scores[order].astype(np.float32),
-            labels[order].astype(np.int64),
+            boxes[keep].astype(np.float32),
+            scores[keep].astype(np.float32),
+            labels[keep].astype(np.int64),
             embedding,
             image.size,
         )
-        return calibrate(found, self.labels, self.calibration)
+        return calibrate(found.ranked(), self.labels, self.calibration)

@@ -219,7 +219,7 @@ def hits_of(
         hits = np.zeros(len(found), bool)
         for c in range(classes):
             mine = found.labels == c
-            hits[mine] = _match(found.boxes[mine], sample.boxes[sample.labels == c])[0]
+            hits[mine] = _match(found.boxes[mine], sample.boxes[sample.labels == c], (0.5,))[0]
         answer.append(hits)
     return answer
 
@@ -239,7 +239,7 @@ def agreement(a: Sequence[Detections], b: Sequence[Detections]) -> float:
         boxes += len(one) + len(other)
         for c in np.unique(one.labels):
             mine, theirs = one.where(one.labels == c), other.where(other.labels == c)
-            alike += int(_match(mine.boxes, theirs.boxes)[0].sum())
+            alike += int(_match(mine.boxes, theirs.boxes, (0.5,))[0].sum())
     return 2 * alike / boxes if boxes else 1.0
 
 
@@ -333,13 +333,17 @@ class _Class:
         return self._scores[chosen], self._hits[:, chosen]
 
 
-def _match(boxes: npt.NDArray[np.float32], truth: npt.NDArray[np.float32]) -> _Bools:
+def _match(
+    boxes: npt.NDArray[np.float32],
+    truth: npt.NDArray[np.float32],
+    thresholds: Sequence[float] = THRESHOLDS,
+) -> _Bools:
     """Greedy matching in order of confidence, as pycocotools does; `[thresholds, D]`."""
-    hits = np.zeros((len(THRESHOLDS), len(boxes)), bool)
+    hits = np.zeros((len(thresholds), len(boxes)), bool)
     if not len(truth):
         return hits
     iou = box_iou(torch.from_numpy(boxes), torch.from_numpy(truth)).numpy()
-    for t, threshold in enumerate(THRESHOLDS):
+    for t, threshold in enumerate(thresholds):
         free = np.ones(len(truth), bool)
         for d in range(len(boxes)):
             overlap = np.where(free, iou[d], -1.0)

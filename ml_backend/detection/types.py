@@ -49,6 +49,13 @@ class Detections:
             self, boxes=self.boxes[keep], scores=self.scores[keep], labels=self.labels[keep]
         )
 
+    def ranked(self) -> Detections:
+        """The detections, most confident first; those of one confidence stay as they are."""
+        order = np.argsort(-self.scores, kind="stable")
+        return replace(
+            self, boxes=self.boxes[order], scores=self.scores[order], labels=self.labels[order]
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:

@@ -43,11 +43,11 @@ def read_json() -> dict[str, Any]:
             character (a lone surrogate), NUL, NaN, an infinite number, or level upon level.
         RequestEntityTooLarge: it is larger than the settings allow.
     """
+    data = request.get_data()
     limit = request.max_content_length
     # A body in chunks says its size by its end, and is cut off at the limit.
-    if request.content_length is None and limit and len(request.get_data()) >= limit:
+    if request.content_length is None and limit and len(data) >= limit:
         raise RequestEntityTooLarge
-    data = request.get_data()
     try:
         # UTF-8 alone (RFC 8259): other charsets would hide from the look below what it looks for.
         text = data.decode("utf-8-sig")

@@ -30,8 +30,9 @@ blueprint = Blueprint("metrics", __name__)
 class _FromDatabase:
     """Jobs, live versions, audits and how Label Studio answers, as the database has them."""
 
-    def __init__(self, database: Database, audits: Audits) -> None:
+    def __init__(self, database: Database, audits: Audits, contacts: Contacts) -> None:
         self._database = database
+        self._contacts = contacts
         self._audits = audits
 
     def collect(self) -> Iterator[Metric]:
@@ -75,7 +76,7 @@ class _FromDatabase:
             "When Label Studio last did what was asked, to half a minute",
             labels=["url"],
         )
-        for contact in Contacts(self._database).all():
+        for contact in self._contacts.all():
             since = contact.failing_since
             seconds = (now() - since).total_seconds() if since is not None else 0.0
             failing.add_metric([contact.url, contact.failure], seconds)
@@ -120,7 +121,9 @@ class _FromDatabase:
 def metrics() -> Response:
     """Counters of all worker processes, and gauges from the database."""
     shown = CollectorRegistry()
-    shown.register(_FromDatabase(backend().database, backend().audits))
+    shown.register(
+        _FromDatabase(backend().database, backend().audits, backend().label_studios.contacts)
+    )
     text = generate_latest(shown)
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         counters = CollectorRegistry()

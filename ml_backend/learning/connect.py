@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
 from sqlalchemy import select
+from urllib3.exceptions import LocationParseError
 
+from ml_backend.label_studio.addresses import origin_of
 from ml_backend.label_studio.client import LabelStudioClient
 from ml_backend.label_studio.label_config import parse_label_config
 from ml_backend.learning.ingest import Ingest
@@ -105,11 +106,9 @@ def has_credentials(connection: dict[str, Any], settings: Settings) -> bool:
 
 def _host_and_port(url: str) -> tuple[str | None, int | None] | None:
     try:
-        parts = urlsplit(url)
-        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-    except ValueError:
+        _, host, port = origin_of(url)
+    except LocationParseError:
         return None
-    host = parts.hostname
     return "localhost" if host in {"127.0.0.1", "::1"} else host, port
 
 

@@ -188,12 +188,12 @@ def _chosen(database: Database, project_id: int) -> tuple[list[int], int]:
 
 def _read(database: Database, chosen: Sequence[int]) -> Iterator[list[tuple[Task, Annotation]]]:
     """Annotations and their tasks, some at a time."""
-    for chunk in in_chunks({"id": number} for number in chosen):
+    for numbers in in_chunks(chosen):
         with database.reading() as session:
             rows = session.execute(
                 select(Task, Annotation)
                 .join(Annotation, _OF_TASK)
-                .where(Annotation.id.in_([row["id"] for row in chunk]))
+                .where(Annotation.id.in_(numbers))
                 .order_by(Task.label_studio_id)
             )
             found = [(task, annotation) for task, annotation in rows]

@@ -31,7 +31,6 @@ from ml_backend.learning.connect import (
     own_connections,
     webhook_headers,
 )
-from ml_backend.learning.contacts import Contacts
 from ml_backend.learning.label_studios import LabelStudios
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
@@ -76,7 +75,7 @@ class Doctor:
 
     def _of_late(self) -> Iterator[Finding]:
         """What server and worker met with: they may reach what we do not, and the other way."""
-        for contact in Contacts(self._database).all():
+        for contact in self._label_studios.contacts.all():
             if contact.failing_since is not None:
                 yield Finding(
                     "requests",

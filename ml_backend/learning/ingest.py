@@ -142,13 +142,13 @@ class Ingest:
             changed = self._annotations(session, row, annotations)
             seen = {a.id for a in annotations}.union(unreadable)
             gone: list[int] = []
-            for chunk in in_chunks({"id": t.id} for t in tasks):
+            for numbers in in_chunks(t.id for t in tasks):
                 gone += [
                     known
                     for known in session.scalars(
                         select(Annotation.label_studio_id).where(
                             Annotation.project_id == project_id,
-                            Annotation.task_id.in_([c["id"] for c in chunk]),
+                            Annotation.task_id.in_(numbers),
                             Annotation.deleted_at.is_(None),
                             Annotation.received_at < asked_at,
                         )
@@ -277,8 +277,7 @@ class Ingest:
 
     def _bury_tasks(self, session: Session, project: Project, ids: Iterable[int]) -> int:
         changed = 0
-        for chunk in in_chunks({"id": number} for number in set(ids)):
-            numbers = [c["id"] for c in chunk]
+        for numbers in in_chunks(set(ids)):
             rows = [
                 {
                     "project_id": project.id,
@@ -339,12 +338,12 @@ def _revive(
     asked_at: datetime,
 ) -> None:
     """Takes back what was buried before a moment; whatever state is stored next is taken."""
-    for chunk in in_chunks({"id": number} for number in ids):
+    for numbers in in_chunks(ids):
         session.execute(
             update(table)
             .where(
                 table.project_id == project.id,
-                table.label_studio_id.in_([c["id"] for c in chunk]),
+                table.label_studio_id.in_(numbers),
                 table.deleted_at < asked_at,
             )
             .values(deleted_at=None, updated_at=None)

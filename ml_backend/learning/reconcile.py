@@ -11,7 +11,7 @@ from typing import Any
 from ml_backend.label_studio.client import LabelStudioClient
 from ml_backend.label_studio.events import read_annotation, read_task, readable
 from ml_backend.learning.ingest import Ingest, annotated_ids, live_annotations
-from ml_backend.store.database import Database
+from ml_backend.store.database import Database, in_chunks
 from ml_backend.store.tables import Project, now
 
 _log = logging.getLogger(__name__)
@@ -64,8 +64,7 @@ def reconcile(
         listed = set(client.task_ids(number))
         with database.reading() as session:
             doubtful = sorted(listed ^ annotated_ids(session, project.id))
-        for start in range(0, len(doubtful), _AT_ONCE):
-            asked = doubtful[start : start + _AT_ONCE]
+        for asked in in_chunks(doubtful, _AT_ONCE):
             page = client.tasks(number, asked)
             changed += _read_back(project.id, page, ingest, asked_at)
             tasks += len(page)
@@ -89,8 +88,7 @@ def _read_back(
 ) -> int:
     # A few tasks at a time, so that webhooks can be stored in between.
     return sum(
-        _read_back_at_once(project_id, page[start : start + _AT_ONCE], ingest, asked_at)
-        for start in range(0, len(page), _AT_ONCE)
+        _read_back_at_once(project_id, few, ingest, asked_at) for few in in_chunks(page, _AT_ONCE)
     )
 
 

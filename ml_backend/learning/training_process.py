@@ -17,7 +17,6 @@ from ml_backend.settings import load_settings
 
 _log = logging.getLogger(__name__)
 
-
 _NO_ROOM = 60.0
 """Seconds, for each attempt, that an admin has to make room on a full disk."""
 

@@ -8,11 +8,11 @@ import math
 import os
 import sqlite3
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock
 from sqlalchemy import Engine, create_engine, event
@@ -23,6 +23,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from ml_backend.store.tables import Base
 
+_Row = TypeVar("_Row")
 _MIGRATIONS = Path(__file__).parent / "migrations"
 # Alembic keeps what it works on in a global of the process.
 _alembic = Lock()
@@ -125,11 +126,11 @@ class Database:
         return revision
 
 
-def in_chunks(rows: Iterable[Mapping[str, Any]], size: int = 500) -> Iterator[list[dict[str, Any]]]:
+def in_chunks(rows: Iterable[_Row], size: int = 500) -> Iterator[list[_Row]]:
     """The rows in lists of at most `size`: databases bound the parameters of a statement."""
-    chunk: list[dict[str, Any]] = []
+    chunk: list[_Row] = []
     for row in rows:
-        chunk.append(dict(row))
+        chunk.append(row)
         if len(chunk) == size:
             yield chunk
             chunk = []
