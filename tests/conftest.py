@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,36 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     server: PostgreSQL = request.getfixturevalue("postgresql")
     server.empty()
     return load_settings({"DATABASE_URL": server.url}).database
+
+
+def ask(
+    server: LabelStudioServer, method: str, path: str, body: object = None, **params: str
+) -> Any:
+    """One request to Label Studio's API, as the user who owns its projects."""
+    answer = requests.request(
+        method,
+        f"{server.url}{path}",
+        headers={"Authorization": f"Token {server.login.token}"},
+        json=body,
+        params=params,
+        timeout=200,
+    )
+    assert answer.ok, f"{method} {path}: {answer.status_code} {answer.text[:500]}"
+    return answer.json() if answer.content else None
+
+
+def predictions_held(server: LabelStudioServer, project: int) -> Counter[tuple[int, str]]:
+    """How many predictions Label Studio holds of each task, by each version."""
+    found = ask(server, "GET", f"/api/predictions/?project={project}")
+    return Counter((p["task"], p["model_version"]) for p in found)
+
+
+def predictions_by_task(server: LabelStudioServer, project: int) -> dict[int, Counter[str]]:
+    """The same, task by task."""
+    found: dict[int, Counter[str]] = {}
+    for (task, version), count in predictions_held(server, project).items():
+        found.setdefault(task, Counter())[version] = count
+    return found
 
 
 class RunningBackend:

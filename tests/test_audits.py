@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import requests
 from sqlalchemy import select
 
 from ml_backend.backend import Backend
@@ -22,7 +21,7 @@ from ml_backend.learning.promotion import Verdict
 from ml_backend.learning.reconcile import reconcile
 from ml_backend.settings import load_settings
 from ml_backend.store.tables import Annotation, Audit, Project
-from tests.conftest import RunningBackend, wait_for
+from tests.conftest import RunningBackend, ask, wait_for
 
 PAIRS = """<View>
   <Image name="image" value="$image"/>
@@ -101,15 +100,7 @@ class Site:
 
     def call(self, method: str, path: str, body: object = None) -> Any:
         """One request to Label Studio's API."""
-        answer = requests.request(
-            method,
-            self.server.url + path,
-            headers={"Authorization": f"Token {self.server.login.token}"},
-            json=body,
-            timeout=60,
-        )
-        assert answer.ok, f"{method} {path}: {answer.status_code} {answer.text[:500]}"
-        return answer.json() if answer.content else None
+        return ask(self.server, method, path, body)
 
     def predict(self, task: int, result: list[Region], version: str = "v1") -> int:
         """Puts a prediction into Label Studio; answers its number."""

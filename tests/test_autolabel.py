@@ -28,7 +28,7 @@ from ml_backend.label_studio.client import LabelStudioClient
 from ml_backend.learning.jobs import STALE_AFTER
 from ml_backend.settings import load_settings
 from ml_backend.store.tables import Job, now
-from tests.conftest import RunningBackend, make_live, wait_for
+from tests.conftest import RunningBackend, ask, make_live, predictions_by_task, wait_for
 
 
 def _images(count: int, seed: int) -> list[ShapeImage]:
@@ -55,15 +55,7 @@ class Site:
 
     def call(self, method: str, path: str, body: object = None) -> Any:
         """One request to Label Studio's API."""
-        answer = requests.request(
-            method,
-            f"{self.server.url}{path}",
-            headers={"Authorization": f"Token {self.server.login.token}"},
-            json=body,
-            timeout=60,
-        )
-        assert answer.ok, f"{method} {path}: {answer.status_code} {answer.text[:500]}"
-        return answer.json() if answer.content else None
+        return ask(self.server, method, path, body)
 
     def annotate(self, tasks: list[int]) -> None:
         """Draws the boxes of tasks, as a person would."""
@@ -71,10 +63,7 @@ class Site:
 
     def predictions(self) -> dict[int, Counter[str]]:
         """How many predictions of each version every task holds."""
-        found: dict[int, Counter[str]] = {}
-        for prediction in self.call("GET", f"/api/predictions/?project={self.project}"):
-            found.setdefault(prediction["task"], Counter())[prediction["model_version"]] += 1
-        return found
+        return predictions_by_task(self.server, self.project)
 
     def promote(self, version: str) -> None:
         """Makes a version live, as a training does."""

@@ -13,7 +13,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import requests
 import torch
 from sqlalchemy import select as select_rows
 from sqlalchemy import update
@@ -33,7 +32,7 @@ from ml_backend.learning.supervisor import REFUSED
 from ml_backend.settings import load_settings
 from ml_backend.store.tables import Contact, Job, Project, now
 from tests import stand_in
-from tests.conftest import capture, make_live
+from tests.conftest import ask, capture, make_live, predictions_held
 from tests.steps import Steps
 
 ANSWERS = {
@@ -272,12 +271,7 @@ def test_what_waits_for_it_is_put_off_said_and_done_in_the_end(
     assert (trained.state, trained.attempt) == ("done", 1), trained.reason
     assert trained.version is not None
     assert "-4tasks-" in trained.version
-    answer = requests.get(
-        f"{label_studio.url}/api/predictions/?project={site.number}",
-        headers={"Authorization": f"Token {label_studio.login.token}"},
-        timeout=60,
-    )
-    held = Counter((p["task"], p["model_version"]) for p in answer.json())
+    held = predictions_held(label_studio, site.number)
     rest = [task for task in site.images if task not in annotated]
     assert held == Counter((task, f"v{n}") for task in rest for n in range(1, len(SAID) + 1))
 
@@ -306,11 +300,7 @@ def test_a_page_instead_of_an_image_is_not_kept(
     site.promote("v1")
     served = create_app(site.backend).test_client()
     (task,) = site.images
-    shown = requests.get(
-        f"{label_studio.url}/api/tasks/{task}/",
-        headers={"Authorization": f"Token {label_studio.login.token}"},
-        timeout=60,
-    ).json()
+    shown = ask(label_studio, "GET", f"/api/tasks/{task}/")
     body = {
         "tasks": [{"id": task, "data": shown["data"]}],
         "project": site.key,

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import requests
 import torch
 
 from ml_backend.backend import Backend
@@ -23,7 +22,7 @@ from ml_backend.detection.zoo import preset_named
 from ml_backend.label_studio.client import LabelStudioClient
 from ml_backend.settings import load_settings
 from ml_backend.store.tables import Project
-from tests.conftest import RunningBackend, make_live
+from tests.conftest import RunningBackend, ask, make_live
 
 BROWSERS = "http://label-studio.example:8080"
 
@@ -104,15 +103,7 @@ class Site:
 
     def call(self, method: str, path: str, body: object = None) -> Any:
         """One request to Label Studio's API."""
-        answer = requests.request(
-            method,
-            self.server.url + path,
-            headers={"Authorization": f"Token {self.server.login.token}"},
-            json=body,
-            timeout=60,
-        )
-        assert answer.ok, answer.text
-        return answer.json() if answer.content else None
+        return ask(self.server, method, path, body)
 
     def add(self, url: str, title: str, **fields: str) -> None:
         """Adds a connection, as Label Studio's page does."""

@@ -17,7 +17,7 @@ from ml_backend.detection.evaluation import Evaluation, evaluate
 from ml_backend.detection.types import Detections, Sample
 from ml_backend.label_studio.label_config import parse_label_config
 from ml_backend.label_studio.regions import read_regions
-from tests.conftest import MakeBackend, RunningBackend, wait_for
+from tests.conftest import MakeBackend, RunningBackend, ask, wait_for
 
 ANNOTATED = 120
 """Images that the first training learns from; no pretrained weights help it."""
@@ -52,16 +52,7 @@ class Site:
 
     def call(self, method: str, path: str, body: object = None, **params: str) -> Any:
         """One request to Label Studio's API."""
-        answer = requests.request(
-            method,
-            f"{self.server.url}{path}",
-            headers={"Authorization": f"Token {self.server.login.token}"},
-            json=body,
-            params=params,
-            timeout=200,
-        )
-        assert answer.ok, f"{method} {path}: {answer.status_code} {answer.text[:500]}"
-        return answer.json() if answer.content else None
+        return ask(self.server, method, path, body, **params)
 
     def add(self, images: Sequence[ShapeImage]) -> list[int]:
         """Uploads more images; answers their tasks."""

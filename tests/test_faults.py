@@ -9,7 +9,6 @@ import random
 import resource
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from ml_backend.learning.worker import turn
 from ml_backend.settings import load_settings
 from ml_backend.store.tables import Annotation, Job, ModelVersion, Project, now
 from tests import stand_in
-from tests.conftest import ROOT, RunningBackend, capture, make_live, wait_for
+from tests.conftest import ROOT, RunningBackend, capture, make_live, predictions_held, wait_for
 from tests.steps import Steps
 
 ELSEWHERE = "987654.1795463889"
@@ -250,12 +249,7 @@ def test_whatever_is_killed_nothing_is_lost_doubled_or_stuck(
     wait_for(all_ended, within=120, what=f"every job ends: {running.tail()}", every=1)
     everything_acknowledged_is_there(annotators.acknowledged)
     one_of_each_is_live_and_loads()
-    answer = requests.get(
-        f"{label_studio.url}/api/predictions/?project={number}",
-        headers={"Authorization": f"Token {label_studio.login.token}"},
-        timeout=60,
-    )
-    held = Counter((p["task"], p["model_version"]) for p in answer.json())
+    held = predictions_held(label_studio, number)
     assert set(held.values()) == {1}
     with seen.database.reading() as session:
         live = session.scalars(select(Project.live_version).where(Project.key == key)).one()

@@ -15,7 +15,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import requests
 import torch
 from sqlalchemy import select, update
 
@@ -31,7 +30,7 @@ from ml_backend.settings import load_settings
 from ml_backend.store.database import Database
 from ml_backend.store.tables import Annotation, Job, ModelVersion, Project
 from tests import stand_in
-from tests.conftest import capture, make_live
+from tests.conftest import capture, make_live, predictions_held
 from tests.steps import Steps
 
 KEY = "7.1795463889"
@@ -219,24 +218,16 @@ def test_auto_labelling_killed_anywhere_doubles_nothing(
         assert backend.jobs.claim(asked.job) is not None
         return asked.job
 
-    def held() -> Counter[tuple[int, str]]:
-        answer = requests.get(
-            f"{label_studio.url}/api/predictions/?project={number}",
-            headers={"Authorization": f"Token {label_studio.login.token}"},
-            timeout=60,
-        )
-        return Counter((p["task"], p["model_version"]) for p in answer.json())
-
     # The first time it asks whether the project is there.
     steps.count(live("v0"))
     total = steps.count(live("v1"))
     expected = Counter((task, version) for task in tasks.values() for version in ("v0", "v1"))
-    assert held() == expected
+    assert predictions_held(label_studio, number) == expected
     for attempt, step in enumerate(_spread(AUTO_LABELLING, total), 2):
         version = f"v{attempt}"
         job = live(version)
         assert steps.killed_at(step, job)
-        assert set(held().values()) == {1}
+        assert set(predictions_held(label_studio, number).values()) == {1}
         if backend.jobs.try_again(job, "it was killed", wait=0):
             assert backend.jobs.claim(job) is not None
             steps.count(job)
@@ -244,7 +235,7 @@ def test_auto_labelling_killed_anywhere_doubles_nothing(
         assert ended is not None
         assert ended.state == "done"
         expected += Counter((task, version) for task in tasks.values())
-        assert held() == expected
+        assert predictions_held(label_studio, number) == expected
 
 
 # Migrating

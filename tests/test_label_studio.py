@@ -8,10 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
-import requests
 import torch
 from sqlalchemy import select, update
 
@@ -35,20 +33,14 @@ from ml_backend.learning.ingest import annotated_tasks, live_annotations
 from ml_backend.learning.reconcile import Reconciled, reconcile
 from ml_backend.settings import load_settings
 from ml_backend.store.tables import Annotation, Project, Task, now
-from tests.conftest import RunningBackend, label_studio_program, make_live, wait_for
+from tests.conftest import RunningBackend, ask, label_studio_program, make_live, wait_for
 from tests.test_away import Proxy
 
 
 @pytest.fixture(scope="module")
 def personal_token(label_studio: LabelStudioServer) -> str:
     """A personal access token, as Account & Settings gives it out."""
-    answer = requests.post(
-        f"{label_studio.url}/api/token/",
-        headers={"Authorization": f"Token {label_studio.login.token}"},
-        timeout=30,
-    )
-    answer.raise_for_status()
-    token = str(answer.json()["token"])
+    token = str(ask(label_studio, "POST", "/api/token/")["token"])
     assert token.count(".") == 2
     return token
 
@@ -70,18 +62,6 @@ def _project(
         server, "Client", LABEL_CONFIG, {i.name: i.encoded() for i in images}
     )
     return project, {tasks[image.name]: image for image in images}
-
-
-def _call(server: LabelStudioServer, method: str, path: str, body: object = None) -> Any:
-    answer = requests.request(
-        method,
-        server.url + path,
-        headers={"Authorization": f"Token {server.login.token}"},
-        json=body,
-        timeout=60,
-    )
-    answer.raise_for_status()
-    return answer.json() if answer.content else None
 
 
 def test_either_kind_of_token_is_taken(
@@ -177,7 +157,7 @@ def test_predictions_go_in_though_a_task_is_gone(label_studio: LabelStudioServer
     client = LabelStudioClient(label_studio.url, label_studio.login.token)
     project, images = _project(label_studio, 5)
     tasks = list(images)
-    _call(label_studio, "DELETE", f"/api/tasks/{tasks[2]}/")
+    ask(label_studio, "DELETE", f"/api/tasks/{tasks[2]}/")
     predictions = [
         {"task": task, "result": regions(images[task]), "score": 0.5, "model_version": "v1"}
         for task in tasks
@@ -212,13 +192,13 @@ def test_only_what_changed_is_read_back(label_studio: LabelStudioServer, tmp_pat
         assert session.get_one(Project, row.id).revision == revision
 
     # Changed, deleted, skipped and bulk-deleted while nobody listened.
-    first = _call(label_studio, "GET", f"/api/tasks/{tasks[0]}/annotations/")[0]["id"]
-    _call(label_studio, "PATCH", f"/api/annotations/{first}/", {"result": []})
-    second = _call(label_studio, "GET", f"/api/tasks/{tasks[1]}/annotations/")[0]["id"]
-    _call(label_studio, "DELETE", f"/api/annotations/{second}/")
-    _call(label_studio, "DELETE", f"/api/tasks/{tasks[2]}/")
-    third = _call(label_studio, "GET", f"/api/tasks/{tasks[3]}/annotations/")[0]["id"]
-    _call(label_studio, "PATCH", f"/api/annotations/{third}/", {"was_cancelled": True})
+    first = ask(label_studio, "GET", f"/api/tasks/{tasks[0]}/annotations/")[0]["id"]
+    ask(label_studio, "PATCH", f"/api/annotations/{first}/", {"result": []})
+    second = ask(label_studio, "GET", f"/api/tasks/{tasks[1]}/annotations/")[0]["id"]
+    ask(label_studio, "DELETE", f"/api/annotations/{second}/")
+    ask(label_studio, "DELETE", f"/api/tasks/{tasks[2]}/")
+    third = ask(label_studio, "GET", f"/api/tasks/{tasks[3]}/annotations/")[0]["id"]
+    ask(label_studio, "PATCH", f"/api/annotations/{third}/", {"was_cancelled": True})
     annotate(label_studio, {tasks[6]: images[tasks[6]]})
     _, left, annotations = read_back()
     assert (left, annotations) == (4, 4)
@@ -248,25 +228,25 @@ class Known:
         """Draws the boxes of tasks; answers the ids of the annotations."""
         annotate(self.server, {task: self.images[task] for task in tasks})
         return [
-            _call(self.server, "GET", f"/api/tasks/{task}/annotations/")[-1]["id"] for task in tasks
+            ask(self.server, "GET", f"/api/tasks/{task}/annotations/")[-1]["id"] for task in tasks
         ]
 
     def hear(self, action: str, **content: object) -> None:
         """Applies a webhook as Label Studio would send it now."""
-        project = _call(self.server, "GET", f"/api/projects/{self.project}/")
+        project = ask(self.server, "GET", f"/api/projects/{self.project}/")
         event = parse_event({"action": action, "project": project, **content})
         assert not isinstance(event, Ignored)
         self.backend.ingest.apply(event, event.project)
 
     def hear_of(self, task: int) -> None:
         """Hears of a task's annotations."""
-        shown = _call(self.server, "GET", f"/api/tasks/{task}/")
+        shown = ask(self.server, "GET", f"/api/tasks/{task}/")
         self.hear("ANNOTATIONS_CREATED", annotation=shown["annotations"], task=shown)
 
     def skip(self, annotation: int, skipped: bool = True) -> None:
         """Skips an annotation, or takes it back."""
         path = f"/api/annotations/{annotation}/"
-        _call(self.server, "PATCH", path, {"was_cancelled": skipped})
+        ask(self.server, "PATCH", path, {"was_cancelled": skipped})
 
     def read_back(self) -> Reconciled:
         """Reads back what changed."""
@@ -301,8 +281,8 @@ def test_a_task_whose_annotation_was_skipped_or_deleted_unheard_comes_back(
         known.hear_of(task)
     assert known.counts() == (5, 5)
     known.skip(annotations[skipped])
-    _call(label_studio, "DELETE", f"/api/annotations/{annotations[emptied]}/")
-    _call(label_studio, "DELETE", f"/api/tasks/{gone}/")
+    ask(label_studio, "DELETE", f"/api/annotations/{annotations[emptied]}/")
+    ask(label_studio, "DELETE", f"/api/tasks/{gone}/")
     assert known.read_back().removed == 1
     assert known.buried() == {gone}
     assert known.counts() == (2, 2)
@@ -324,7 +304,7 @@ def test_a_task_whose_annotation_was_skipped_or_deleted_unheard_comes_back(
     known.read_back()
     assert known.counts() == (4, 4)
     assert known.buried() == {gone}
-    _call(label_studio, "DELETE", f"/api/tasks/{other}/")
+    ask(label_studio, "DELETE", f"/api/tasks/{other}/")
     known.read_back()
     assert known.counts() == (3, 3)
 
@@ -335,14 +315,14 @@ def test_an_annotation_that_cannot_be_read_is_passed_over(
     known = Known(label_studio, tmp_path, 3)
     first, second, third = known.tasks
     # No result at all: its column holds a null.
-    empty = _call(label_studio, "POST", f"/api/tasks/{first}/annotations/", {})
+    empty = ask(label_studio, "POST", f"/api/tasks/{first}/annotations/", {})
     assert empty["result"] is None
     known.annotate(second, third)
     known.read_back()
     assert known.counts() == (2, 2)
     assert f"the id {empty['id']} is passed over: annotation.result: must be a list" in caplog.text
     assert known.buried() == set()
-    _call(label_studio, "PATCH", f"/api/annotations/{empty['id']}/", {"result": []})
+    ask(label_studio, "PATCH", f"/api/annotations/{empty['id']}/", {"result": []})
     known.read_back()
     assert known.counts() == (3, 3)
 
@@ -354,8 +334,8 @@ def test_only_tasks_that_changed_since_are_asked_for(label_studio: LabelStudioSe
     client = LabelStudioClient(label_studio.url, label_studio.login.token)
     moment = datetime.now(UTC)
     annotate(label_studio, {tasks[4]: images[tasks[4]]})
-    first = _call(label_studio, "GET", f"/api/tasks/{tasks[0]}/annotations/")[0]["id"]
-    _call(label_studio, "PATCH", f"/api/annotations/{first}/", {"result": []})
+    first = ask(label_studio, "GET", f"/api/tasks/{tasks[0]}/annotations/")[0]["id"]
+    ask(label_studio, "PATCH", f"/api/annotations/{first}/", {"result": []})
     pages = list(client.annotated_tasks(project, changed_since=moment))
     assert [task["id"] for page in pages for task in page] == [tasks[0], tasks[4]]
 
@@ -374,7 +354,7 @@ def test_connecting_says_what_is_wrong(
     label_studio: LabelStudioServer, unstarted: RunningBackend
 ) -> None:
     classes = '<View><Text name="t" value="$t"/><Choices name="c" toName="t"><Choice value="a"/>'
-    project = _call(
+    project = ask(
         label_studio,
         "POST",
         "/api/projects/",
@@ -416,11 +396,11 @@ def test_the_doctor_says_what_to_do(
         unstarted.command("connect", "--project", str(project), "--url", unstarted.url)
         unstarted.command("doctor", "--project", str(project))
         # Somebody removes the connection, or the webhook.
-        (connection,) = _call(label_studio, "GET", f"/api/ml/?project={project}")
-        (hook,) = _call(label_studio, "GET", f"/api/webhooks/?project={project}")
-        _call(label_studio, "DELETE", f"/api/webhooks/{hook['id']}/")
+        (connection,) = ask(label_studio, "GET", f"/api/ml/?project={project}")
+        (hook,) = ask(label_studio, "GET", f"/api/webhooks/?project={project}")
+        ask(label_studio, "DELETE", f"/api/webhooks/{hook['id']}/")
         assert set(errors()) == {"webhook"}
-        _call(label_studio, "DELETE", f"/api/ml/{connection['id']}")
+        ask(label_studio, "DELETE", f"/api/ml/{connection['id']}")
         assert set(errors()) == {"connection", "webhook"}
         unstarted.command("connect", "--project", str(project), "--url", unstarted.url)
         unstarted.command("doctor", "--project", str(project))
@@ -428,8 +408,8 @@ def test_the_doctor_says_what_to_do(
         moved = unstarted.url.replace("127.0.0.1", "localhost")
         for address in (["--url", moved], []):
             unstarted.command("connect", "--project", str(project), *address)
-            (connection,) = _call(label_studio, "GET", f"/api/ml/?project={project}")
-            (hook,) = _call(label_studio, "GET", f"/api/webhooks/?project={project}")
+            (connection,) = ask(label_studio, "GET", f"/api/ml/?project={project}")
+            (hook,) = ask(label_studio, "GET", f"/api/webhooks/?project={project}")
             assert (connection["url"], hook["url"]) == (moved, f"{moved}/webhook")
         unstarted.command("doctor", "--project", str(project))
     finally:
@@ -454,7 +434,7 @@ def test_what_a_request_leaves_over_is_finished_and_imported(
     try:
         unstarted.command("connect", "--project", str(project), "--url", unstarted.url)
         # "Retrieve predictions" on the whole project: one request, too long for its deadline.
-        _call(
+        ask(
             label_studio,
             "POST",
             f"/api/dm/actions?id=retrieve_tasks_predictions&project={project}",
@@ -472,7 +452,7 @@ def test_what_a_request_leaves_over_is_finished_and_imported(
         )
         assert "left over" in job["reason"] or "predict" in job["reason"]
         for task in images:
-            found = _call(label_studio, "GET", f"/api/predictions/?task={task}")
+            found = ask(label_studio, "GET", f"/api/predictions/?task={task}")
             assert [p["model_version"] for p in found] == ["v1"]
     finally:
         unstarted.stop()

@@ -9,7 +9,6 @@ from typing import Any
 
 import psutil
 import pytest
-import requests
 import torch
 from torchvision.models.detection import FasterRCNN_MobileNet_V3_Large_320_FPN_Weights
 
@@ -23,7 +22,7 @@ from ml_backend.label_studio.client import LabelStudioClient
 from ml_backend.learning.jobs import STALE_AFTER
 from ml_backend.settings import load_settings
 from ml_backend.store.tables import Job, now
-from tests.conftest import RunningBackend, make_live, wait_for
+from tests.conftest import RunningBackend, make_live, predictions_by_task, wait_for
 
 TRUCKS = LABEL_CONFIG.replace('<Label value="Circle"/>', '<Label value="truck"/>')
 
@@ -80,16 +79,7 @@ class Site:
 
     def predictions(self) -> dict[int, Counter[str]]:
         """How many predictions of each version every task holds."""
-        answer = requests.get(
-            f"{self.server.url}/api/predictions/?project={self.project}",
-            headers={"Authorization": f"Token {self.server.login.token}"},
-            timeout=60,
-        )
-        answer.raise_for_status()
-        found: dict[int, Counter[str]] = {}
-        for prediction in answer.json():
-            found.setdefault(prediction["task"], Counter())[prediction["model_version"]] += 1
-        return found
+        return predictions_by_task(self.server, self.project)
 
 
 @pytest.fixture

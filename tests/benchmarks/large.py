@@ -20,7 +20,6 @@ the next.
 
 from __future__ import annotations
 
-import http.client
 import json
 import multiprocessing
 import resource
@@ -48,6 +47,7 @@ from ml_backend.learning.reconcile import reconcile
 from ml_backend.settings import Settings, load_settings
 from ml_backend.store.tables import Project
 from tests.benchmarks.generated_label_studio import generated_label_studio, regions, task
+from tests.benchmarks.webhooks import send_webhook
 from tests.conftest import RunningBackend, capture
 
 KEY = "1.1795463889"
@@ -248,17 +248,7 @@ def _hook(backend: RunningBackend, number: int) -> float:
         "parent_prediction": None,
     }
     body["task"] |= {"id": number, "data": task(number)["data"]}
-    content = json.dumps(body).encode()
-    began = time.perf_counter()
-    connection = http.client.HTTPConnection("127.0.0.1", backend.port, timeout=60)
-    connection.request("POST", "/webhook", content, {"Content-Type": "application/json"})
-    answer = connection.getresponse()
-    answer.read()
-    taken = time.perf_counter() - began
-    connection.close()
-    if answer.status != 200:
-        raise RuntimeError(f"a webhook was lost: {answer.status} {answer.reason}")
-    return taken
+    return send_webhook(backend, body)
 
 
 def _seconds(work: Callable[[], object]) -> float:

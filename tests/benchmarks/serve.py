@@ -44,6 +44,7 @@ from ml_backend.detection.training import train
 from ml_backend.detection.types import Sample
 from ml_backend.detection.zoo import preset_named
 from ml_backend.settings import load_settings
+from tests.benchmarks.webhooks import send_webhook
 from tests.conftest import RunningBackend, capture, make_live
 
 KEY = "1.1795463889"
@@ -392,17 +393,7 @@ def _webhook(
         body = copy.deepcopy(template)
         body["annotation"] |= {"id": own, "task": own, "result": regions(picture)}
         body["task"] |= {"id": own, "data": {"image": f"{address}/{picture.name}"}}
-        content = json.dumps(body).encode()
-        began = time.perf_counter()
-        connection = http.client.HTTPConnection("127.0.0.1", backend.port, timeout=60)
-        connection.request("POST", "/webhook", content, {"Content-Type": "application/json"})
-        answer = connection.getresponse()
-        answer.read()
-        taken = time.perf_counter() - began
-        connection.close()
-        if answer.status != 200:
-            raise RuntimeError(f"a webhook was lost: {answer.status} {answer.reason}")
-        return taken
+        return send_webhook(backend, body)
 
     for _ in pictures:
         send()
