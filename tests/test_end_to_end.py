@@ -95,6 +95,11 @@ class Site:
         assert isinstance(only, dict)
         return only
 
+    def predicted(self, task: int, version: str) -> dict[str, Any]:
+        """Opens a task; answers its only prediction of a version."""
+        (prediction,) = [p for p in self.open(task) if p["model_version"] == version]
+        return prediction
+
     def quality(self, tasks: Sequence[int], version: str) -> Evaluation:
         """How right the predictions are that Label Studio holds of a version."""
         config = parse_label_config(self.settings()["label_config"])
@@ -102,7 +107,7 @@ class Site:
         found, truth = [], []
         for task in tasks:
             image = self.images[task]
-            (prediction,) = [p for p in self.open(task) if p["model_version"] == version]
+            prediction = self.predicted(task, version)
             boxes = read_regions(prediction["result"], control).boxes
             scores = {r["id"]: r["score"] for r in prediction["result"]}
             size = np.array([*image.image.size] * 2, np.float32)
@@ -233,7 +238,7 @@ def test_a_project_learns_a_label_is_added_and_a_version_is_taken_back(
     site.quality(unseen, version)
 
     # The next task is the one with the lowest acquisition score.
-    scores = {task: site.open(task)[0]["score"] for task in unseen}
+    scores = {task: site.predicted(task, version)["score"] for task in unseen}
     following = site.call("GET", f"/api/projects/{site.project}/next/")
     assert following["id"] == min(unseen, key=lambda task: scores[task])
 

@@ -29,9 +29,8 @@ OTHER = replace(SHORT, name="other", min_size=96)
 
 @pytest.fixture(autouse=True)
 def _few_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hold-out decides from twelve images on, and the live version is gone on from."""
+    """A hold-out decides from twelve images on."""
     monkeypatch.setattr(module, "SMALL", 12)
-    monkeypatch.setattr(module, "WARM_START_FROM", 12)
 
 
 def _dataset(
@@ -54,11 +53,13 @@ def _dataset(
     )
 
 
-def _teach(folder: Path, dataset: Dataset, live: Live | None = None) -> Lesson:
+def _teach(
+    folder: Path, dataset: Dataset, live: Live | None = None, weights: str = "none"
+) -> Lesson:
     settings = {
         "MODEL_DIR": str(folder),
         "ML_BACKEND_PRESET": "tests.test_lesson:SHORT",
-        "ML_BACKEND_WEIGHTS": "none",
+        "ML_BACKEND_WEIGHTS": weights,
         "ML_BACKEND_TRAIN_THREADS": "1",
     }
     return Teacher(load_settings(settings), CPU, lambda *_: None).teach(dataset, live)
@@ -128,3 +129,15 @@ def test_a_new_label_does_not_outweigh_what_the_others_lose(
     assert comparison is not None
     deltas = [comparison.per_class[label].delta for label in LABELS[:2]]
     assert comparison.delta == pytest.approx(sum(deltas) / 2)
+
+
+def test_few_images_start_from_pretrained_weights_where_there_are_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = _dataset(tmp_path, 12, {}, holdout=range(3))
+    live = _live(preset_named("tests.test_lesson:SHORT", CPU))
+    weights = tmp_path / "weights.pth"
+    torch.save(live.detector.module.state_dict(), weights)
+    assert not _teach(tmp_path, dataset, live, str(weights)).warm
+    monkeypatch.setattr(module, "WARM_START_FROM", 12)
+    assert _teach(tmp_path, dataset, live, str(weights)).warm

@@ -43,8 +43,9 @@ ranking, and no figure may rest on what was fitted to it."""
 WARM_START_FROM = 1000
 """Annotated images from which a training starts from the live version.
 
-Below, it starts from the preset's weights every time: warm starts generalise worse (Ash and
-Adams, 2020), and starting anew costs little while data are few.
+Below, it starts from the preset's pretrained weights every time: warm starts generalise worse (Ash
+and Adams, 2020), and starting anew costs little while data are few. Where nothing pretrained can be
+had it costs what was learned, and the live version is the start at once.
 """
 
 
@@ -203,12 +204,17 @@ class Teacher:
         """The live version, where a training may start from it."""
         if (
             live is None
-            or len(dataset.samples) < WARM_START_FROM
             or live.detector.preset != self._preset
             # It was measured by folds then, and has learned what measures now.
             or not dataset.holdout.isdisjoint(live.honest)
         ):
             return None
+        if len(dataset.samples) < WARM_START_FROM:
+            anew = Detector.pretrained(
+                self._preset, dataset.labels, self._settings.weights, self._device
+            )
+            if anew.weights.kind != "none":
+                return None
         return live.detector.with_labels(dataset.labels)
 
     def _by_holdout(self, dataset: Dataset, start: Detector | None) -> _Measured:
