@@ -14,11 +14,13 @@ run: $(VENV)/.installed ## serve on http://127.0.0.1:9090
 demo: $(VENV)/.installed $(LABEL_STUDIO_VENV)/.installed ## Label Studio and the backend, with a generated project
 	$(VENV)/bin/python -m ml_backend.demo --label-studio $(LABEL_STUDIO_VENV)/bin/label-studio
 
+# Two at a time with a thread each: two that take every core slow each other far more than two-fold.
 test: $(VENV)/.installed-dev $(LABEL_STUDIO_VENV)/.installed ## everything, against a real Label Studio
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not alone"
+	$(VENV)/bin/python -m pytest -m alone
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -30,6 +30,10 @@ from tests.distributed import PostgreSQL, running_postgresql, running_redis
 ROOT = Path(__file__).parents[1]
 CAPTURES = Path(__file__).parent / "captures"
 
+# Consoles take their size from these when they are made; tests set it when they run a command.
+for _name in ("COLUMNS", "LINES"):
+    os.environ.pop(_name, None)
+
 # The same examples each time, so that a change is judged by itself; `--hypothesis-profile default`
 # explores.
 settings.register_profile("repeatable", derandomize=True)

@@ -362,6 +362,8 @@ def test_ctrl_c_leaves_it_running(label_studio: LabelStudioServer, running: Runn
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Tests that run in a shell's background have it ignored, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as command:
         wait_for(lambda: len(site.jobs()) == 2, within=180, what="its job")
         site.under_way()

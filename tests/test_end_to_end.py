@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import pytest
 import requests
 
 from ml_backend.demo.label_studio_server import LabelStudioServer
@@ -187,6 +188,7 @@ def shown_version(site: Site, task: int, version: str) -> bool:
     return any(p["model_version"] == version for p in site.open(task))
 
 
+@pytest.mark.alone
 def test_a_project_learns_a_label_is_added_and_a_version_is_taken_back(
     label_studio: LabelStudioServer, make_backend: MakeBackend
 ) -> None:
