@@ -275,7 +275,7 @@ class Audits:
         if not rows:
             return
         with self._database.session() as session:
-            statement = self._database.insert(Audit).values(rows)
+            statement = self._database.insert(Audit)
             new = statement.excluded
             keys = set(rows[0]) - {"annotation_id", "project_id"}
             session.execute(
@@ -283,7 +283,8 @@ class Audits:
                     index_elements=["annotation_id"],
                     set_={key: new[key] for key in keys},
                     where=new.revision >= Audit.revision,
-                )
+                ),
+                rows,
             )
 
     def _write_cards(self, project_id: int) -> None:

@@ -193,14 +193,15 @@ class Ingest:
             for task in {t.id: t for t in tasks}.values()
         ]
         for chunk in in_chunks(rows):
-            statement = self._database.insert(Task).values(chunk)
+            statement = self._database.insert(Task)
             new = statement.excluded
             session.execute(
                 statement.on_conflict_do_update(
                     index_elements=["project_id", "label_studio_id"],
                     set_={"data": new.data, "updated_at": new.updated_at},
                     where=or_(Task.updated_at.is_(None), new.updated_at > Task.updated_at),
-                )
+                ),
+                chunk,
             )
 
     def _annotations(
@@ -231,7 +232,7 @@ class Ingest:
         ]
         changed = 0
         for chunk in in_chunks(rows):
-            statement = self._database.insert(Annotation).values(chunk)
+            statement = self._database.insert(Annotation)
             new = statement.excluded
             keys = set(chunk[0]) - {"project_id", "label_studio_id", "created_at"}
             outcome = session.execute(
@@ -243,7 +244,8 @@ class Ingest:
                         Annotation.updated_at.is_(None),
                         new.updated_at > Annotation.updated_at,
                     ),
-                ).returning(Annotation.id)
+                ).returning(Annotation.id),
+                chunk,
             )
             changed += len(outcome.all())
         return changed
@@ -262,14 +264,15 @@ class Ingest:
         ]
         changed = 0
         for chunk in in_chunks(rows):
-            statement = self._database.insert(Annotation).values(chunk)
+            statement = self._database.insert(Annotation)
             new = statement.excluded
             outcome = session.execute(
                 statement.on_conflict_do_update(
                     index_elements=["project_id", "label_studio_id"],
                     set_={"deleted_at": new.deleted_at, "revision": new.revision},
                     where=Annotation.deleted_at.is_(None),
-                ).returning(Annotation.task_id)
+                ).returning(Annotation.task_id),
+                chunk,
             )
             # A tombstone without a task was never learned from: nothing changes by it.
             changed += sum(task is not None for task in outcome.scalars())
@@ -287,13 +290,14 @@ class Ingest:
                 }
                 for number in numbers
             ]
-            statement = self._database.insert(Task).values(rows)
+            statement = self._database.insert(Task)
             session.execute(
                 statement.on_conflict_do_update(
                     index_elements=["project_id", "label_studio_id"],
                     set_={"deleted_at": statement.excluded.deleted_at},
                     where=Task.deleted_at.is_(None),
-                )
+                ),
+                rows,
             )
             outcome = session.execute(
                 update(Annotation)

@@ -277,15 +277,13 @@ class Jobs:
         Raises:
             TakenOver: it is this run's no more.
         """
-        with self._database.session() as session:
-            held = session.execute(
-                update(Job)
-                .where(Job.id == job.id, Job.state == "running", Job.started_at == job.started_at)
-                .values(heartbeat_at=now(), **values)
-                .returning(Job.id)
-            )
-            if held.scalar() is None:
-                raise TakenOver
+        held = self._database.change(
+            update(Job)
+            .where(Job.id == job.id, Job.state == "running", Job.started_at == job.started_at)
+            .values(heartbeat_at=now(), **values)
+        )
+        if not held:
+            raise TakenOver
 
     def finish(self, job_id: int, state: str, reason: str, *, version: str | None = None) -> None:
         """Ends a job as `done`, `failed` or `refused`."""
@@ -355,8 +353,7 @@ class Jobs:
             return job.not_before if job is not None and job.state == "waiting" else None
 
     def _change(self, job_id: int, **values: Any) -> None:
-        with self._database.session() as session:
-            session.execute(update(Job).where(Job.id == job_id).values(**values))
+        self._database.change(update(Job).where(Job.id == job_id).values(**values))
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,8 +101,9 @@ def _prepare(
         folder,
         ML_BACKEND_PRESET=preset,
         ML_BACKEND_DEVICE=device,
-        ML_BACKEND_TRAIN_MIN="100000",
+        ML_BACKEND_TRAIN_EVERY="1000000",
         ML_BACKEND_TRAIN_BUDGET="100000",
+        ML_BACKEND_ALLOWED_IMAGE_HOSTS="127.0.0.1",
     )
     _err.print("training a detector for a moment …")
     detector = _publish(backend, folder / "images", pictures)
@@ -144,6 +145,8 @@ def _predicting(
 
 def _start_training(backend: RunningBackend) -> None:
     """Starts a training, unless one runs, and waits until it learns."""
+    if _training_learns(backend):
+        return
     _err.print("starting a training …")
     backend.post("/train", {"project": KEY}).raise_for_status()
     while not _training_learns(backend):
@@ -230,10 +233,10 @@ def _under_load(
 
 def _training_learns(backend: RunningBackend) -> bool:
     (project,) = backend.json("status")
-    job = project["jobs"][0]
-    if job["state"] not in {"waiting", "queued", "running"}:
-        raise RuntimeError(f"the training ended: {job['reason']}\n{backend.tail()}")
-    return "training" in job["reason"]
+    trainings = [job for job in project["jobs"] if job["kind"] == "train"]
+    if any(job["state"] in {"failed", "refused"} for job in trainings):
+        raise RuntimeError(f"a training ended: {trainings}\n{backend.tail()}")
+    return any(job["state"] == "running" and "training" in job["reason"] for job in trainings)
 
 
 def _write(folder: Path, pictures: Sequence[ShapeImage]) -> None:
