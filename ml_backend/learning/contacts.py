@@ -74,5 +74,4 @@ class Contacts:
         if kind:
             since = statement.excluded.failing_since
             changed["failing_since"] = func.coalesce(Contact.failing_since, since)
-        with self._database.session() as session:
-            session.execute(statement.on_conflict_do_update(index_elements=["url"], set_=changed))
+        self._database.change(statement.on_conflict_do_update(index_elements=["url"], set_=changed))

@@ -307,11 +307,15 @@ class Jobs:
         Returns:
             Whether it was put back.
         """
-        with self._database.session() as session:
-            job = session.get_one(Job, job_id, with_for_update=True)
-            if job.state != "running":
-                return False
-            return _again(job, why, wait=wait, counts=counts)
+        with self._database.reading() as session:
+            job = session.get_one(Job, job_id)
+        values = _again(job, why, wait=wait, counts=counts)
+        put_back = self._database.change(
+            update(Job)
+            .where(Job.id == job_id, Job.state == "running", Job.started_at == job.started_at)
+            .values(**values)
+        )
+        return bool(put_back) and values["state"] == "queued"
 
     def due(self) -> list[tuple[int, str]]:
         """Id and kind of the queued jobs that are due and may not be in the queue any more."""
@@ -338,7 +342,8 @@ class Jobs:
                 .with_for_update(skip_locked=True)
             ).all()
             for job in lost:
-                _again(job, "its worker was stopped", wait=0, counts=True)
+                values = _again(job, "its worker was stopped", wait=0, counts=True)
+                session.execute(update(Job).where(Job.id == job.id).values(**values))
             return [job.id for job in lost]
 
     def get(self, job_id: int) -> Job | None:
@@ -466,16 +471,20 @@ def _follow(job: Job, decision: Decision) -> None:
             job.payload = {k: v for k, v in job.payload.items() if k != "enough_since"}
 
 
-def _again(job: Job, why: str, *, wait: float, counts: bool) -> bool:
-    if not counts:
-        job.attempt -= 1
-    if job.attempt >= ATTEMPTS:
-        job.state = "failed"
-        job.reason = f"failed after {job.attempt} attempts: {why}"
-        job.finished_at = now()
-        return False
-    job.state = "queued"
-    job.reason = f"{why}; tried again (attempt {job.attempt + 1} of {ATTEMPTS})"
-    job.not_before = now() + timedelta(seconds=wait)
-    job.heartbeat_at = now()
-    return True
+def _again(job: Job, why: str, *, wait: float, counts: bool) -> dict[str, Any]:
+    """What a job becomes that is put back, or fails after too many attempts."""
+    attempt = job.attempt if counts else job.attempt - 1
+    if attempt >= ATTEMPTS:
+        return {
+            "attempt": attempt,
+            "state": "failed",
+            "reason": f"failed after {attempt} attempts: {why}",
+            "finished_at": now(),
+        }
+    return {
+        "attempt": attempt,
+        "state": "queued",
+        "reason": f"{why}; tried again (attempt {attempt + 1} of {ATTEMPTS})",
+        "not_before": now() + timedelta(seconds=wait),
+        "heartbeat_at": now(),
+    }
