@@ -165,6 +165,7 @@ class Worker:
     def _tick(self) -> None:
         while not self._stopping.wait(_TICK):
             try:
+                self._database.checkpoint()
                 self._jobs.recover()
                 for job_id, kind in self._jobs.due():
                     self._jobs.touch(job_id)
