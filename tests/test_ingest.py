@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -527,6 +530,25 @@ from ml_backend.store.database import Database
 
 Database(sys.argv[1]).migrate()
 """
+
+
+def test_a_checkpoint_brings_what_was_stored_into_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "test.db"
+    store = Store(f"sqlite:///{file}")
+    store.database.checkpoint()
+
+    def in_the_file_alone() -> int:
+        copy = tmp_path / "copy.db"
+        shutil.copy(file, copy)
+        with closing(sqlite3.connect(copy)) as connection:
+            (found,) = connection.execute("SELECT count(*) FROM annotations").fetchone()
+            return int(found)
+
+    store.hear(_created(1))
+    assert in_the_file_alone() == 0
+    store.database.checkpoint()
+    assert in_the_file_alone() == 1
+    store.database.close()
 
 
 def test_migrating_says_nothing_from_several_processes_at_once(database_url: str) -> None:
