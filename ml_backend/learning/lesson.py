@@ -215,7 +215,7 @@ class Teacher:
             )
             if anew.weights.kind != "none":
                 return None
-        return live.detector.with_labels(dataset.labels)
+        return live.detector
 
     def _by_holdout(self, dataset: Dataset, start: Detector | None) -> _Measured:
         learned = [s for s in dataset.samples if s.key not in dataset.holdout]
