@@ -277,12 +277,7 @@ class Jobs:
         Raises:
             TakenOver: it is this run's no more.
         """
-        held = self._database.change(
-            update(Job)
-            .where(Job.id == job.id, Job.state == "running", Job.started_at == job.started_at)
-            .values(heartbeat_at=now(), **values)
-        )
-        if not held:
+        if not self._change_held(job, heartbeat_at=now(), **values):
             raise TakenOver
 
     def finish(self, job_id: int, state: str, reason: str, *, version: str | None = None) -> None:
@@ -310,12 +305,7 @@ class Jobs:
         with self._database.reading() as session:
             job = session.get_one(Job, job_id)
         values = _again(job, why, wait=wait, counts=counts)
-        put_back = self._database.change(
-            update(Job)
-            .where(Job.id == job_id, Job.state == "running", Job.started_at == job.started_at)
-            .values(**values)
-        )
-        return bool(put_back) and values["state"] == "queued"
+        return self._change_held(job, **values) and values["state"] == "queued"
 
     def due(self) -> list[tuple[int, str]]:
         """Id and kind of the queued jobs that are due and may not be in the queue any more."""
@@ -356,6 +346,16 @@ class Jobs:
         with self._database.reading() as session:
             job = _active_training(session, project_id)
             return job.not_before if job is not None and job.state == "waiting" else None
+
+    def _change_held(self, job: Job, **values: Any) -> bool:
+        """Changes a job if it runs still, and by the run that claimed it."""
+        return bool(
+            self._database.change(
+                update(Job)
+                .where(Job.id == job.id, Job.state == "running", Job.started_at == job.started_at)
+                .values(**values)
+            )
+        )
 
     def _change(self, job_id: int, **values: Any) -> None:
         self._database.change(update(Job).where(Job.id == job_id).values(**values))
