@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import time
@@ -25,9 +24,10 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 from sqlalchemy import func, select
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DatabaseError
 
 from ml_backend.settings import Settings, SettingsError, load_settings
+from ml_backend.store.database import is_outside
 from ml_backend.store.registry import VersionMissing
 from ml_backend.store.tables import Job, Project
 
@@ -92,10 +92,10 @@ def _outer_cause(error: Exception) -> str | None:
             "and done once it is back"
         )
     settings = load_settings()
-    if isinstance(error, OperationalError):
+    if isinstance(error, DatabaseError) and is_outside(error):
         name = "DATABASE_URL" if settings.database_url else "MODEL_DIR"
         return f"{name}: the database cannot be used: {_in_one_line(error.orig)}"
-    if isinstance(error, sqlite3.OperationalError):
+    if is_outside(error):
         name = "QUEUE_URL" if settings.queue_url else "MODEL_DIR"
         return f"{name}: the queue cannot be used: {_in_one_line(error)}"
     if isinstance(error, OSError):

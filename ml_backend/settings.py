@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
@@ -103,6 +104,9 @@ class Settings(BaseSettings):
     def _is_http(cls, value: str | None) -> str | None:
         if value is not None and not value.startswith(("http://", "https://")):
             raise ValueError("must begin with http:// or https://")
+        # It stands in logs, errors and /metrics.
+        if value is not None and "@" in urlsplit(value).netloc:
+            raise ValueError("must hold no user and password: the token says who asks")
         return value.rstrip("/") if value else value
 
     @field_validator("allowed_image_hosts", mode="before")

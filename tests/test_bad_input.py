@@ -237,6 +237,45 @@ def test_a_body_that_is_too_deep_too_large_or_no_json_is_refused(
     _refused(_post(backend, path, chunks), 413, limit)
 
 
+def test_a_body_that_would_keep_all_others_waiting_is_refused(backend: RunningBackend) -> None:
+    started = time.monotonic()
+    many = b'{"tasks": [' + b"{}," * 1_100_000 + b"{}]}"
+    _refused(_post(backend, "/predict", many), 400, "1,000,000 objects")
+    _refused(_post(backend, "/webhook", many.replace(b"{}", b"[]")), 400, "1,000,000 objects")
+    # It takes a fraction of a second; read and looked at, it took half a minute.
+    assert time.monotonic() - started < 15
+
+
+def test_what_an_answer_quotes_makes_no_status_line_that_the_server_refuses(
+    backend: RunningBackend,
+) -> None:
+    _refused(_post(backend, "/job_status", b'{"job": "\\u0001\\u007f\\u0085"}'), 400)
+
+
+@pytest.mark.parametrize("size", ["zz", "-1", "5\r\n{}"])
+def test_a_body_in_broken_chunks_is_refused(backend: RunningBackend, size: str) -> None:
+    with socket.create_connection(("127.0.0.1", backend.port), timeout=60) as client:
+        secret = f"{SECRET_HEADER}: {SECRETS['ML_BACKEND_WEBHOOK_SECRET']}\r\n"
+        client.sendall(
+            f"POST /webhook HTTP/1.1\r\nHost: x\r\n{secret}Transfer-Encoding: chunked\r\n\r\n"
+            f"{size}\r\n".encode()
+        )
+        client.shutdown(socket.SHUT_WR)
+        assert client.recv(4096).startswith(b"HTTP/1.1 400 the body did not arrive whole")
+
+
+def test_a_page_in_a_browser_gets_nothing_done(backend: RunningBackend) -> None:
+    for origin in (backend.url, "https://evil.example", "null"):
+        answer = requests.post(
+            f"{backend.url}/setup",
+            data=json.dumps({"project": KEY, "hostname": "http://evil.example"}),
+            headers={"Origin": origin, "Content-Type": "text/plain"},
+            auth=backend.auth,
+            timeout=30,
+        )
+        _refused(answer, 403, "web pages")
+
+
 def test_clients_that_fall_silent_hold_no_thread(backend: RunningBackend) -> None:
     head = b"POST /webhook HTTP/1.1\r\nHost: x\r\n"
     secret = f"{SECRET_HEADER}: {SECRETS['ML_BACKEND_WEBHOOK_SECRET']}\r\n".encode()

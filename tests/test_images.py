@@ -142,9 +142,10 @@ def test_the_token_stays_behind_where_label_studio_redirects_elsewhere(
 def test_the_same_machine_under_another_name_is_another_host(
     studio: ImageHost, cache: DiskCache
 ) -> None:
-    studio.answers["/a.png"] = host.redirect(f"http://localhost:{studio.server_port}/b.png")
-    studio.answers["/b.png"] = host.sent()
-    assert _source(studio.url, cache).fetch(1, "/a.png") == CONTENT
+    path = "/data/upload/a.png"
+    studio.answers[path] = host.redirect(f"http://localhost:{studio.server_port}/data/b.png")
+    studio.answers["/data/b.png"] = host.sent()
+    assert _source(studio.url, cache).fetch(1, path) == CONTENT
     assert studio.tokens == [f"Token {TOKEN}", None]
 
 
@@ -424,6 +425,45 @@ def test_what_is_unpacked_counts_and_not_what_is_sent(studio: ImageHost, cache: 
         source.fetch(1, "/bomb.png")
 
 
+def test_an_address_makes_one_line_and_what_a_cloud_signed_is_not_shown(
+    studio: ImageHost, cache: DiskCache
+) -> None:
+    source = _source(studio.url, cache)
+    for value in (
+        f"{studio.url}/a.png\n2026-01-01 ERROR forged",
+        "not an address\r\nforged",
+        f"{studio.url}/a.png?X-Amz-Signature=5ecret",
+    ):
+        with pytest.raises(ImageUnavailable) as caught:
+            source.fetch(1, value)
+        assert str(caught.value).isprintable()
+        assert "5ecret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["/head", "/more heads", "/chunk", "/trailer"])
+def test_a_drip_at_any_place_is_given_up_within_the_timeout(
+    where: str, studio: ImageHost, cache: DiskCache
+) -> None:
+    starts = {
+        "/head": b"HTTP/1.1 200 OK\r\nX: ",
+        "/more heads": b"HTTP/1.1 200 OK\r\n",
+        "/chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n1;",
+        "/trailer": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n",
+    }
+    piece = b"X: a\r\n" if where in ("/more heads", "/trailer") else b"a"
+
+    def answer(handler: Handler) -> None:
+        handler.wfile.write(starts[where])
+        while not handler.server.closing.wait(0.1):
+            handler.wfile.write(piece)
+
+    studio.answers["/slow.png"] = answer
+    begun = time.monotonic()
+    with pytest.raises(ImageUnavailable, match=r"longer than 0\.8 s|/slow\.png"):
+        _source(studio.url, cache, timeout=0.8).fetch(1, "/slow.png")
+    assert time.monotonic() - begun < 5
+
+
 @pytest.mark.parametrize("answer", [host.drip, host.stall, host.silence])
 def test_a_slow_image_is_given_up_within_the_timeout(
     answer: Answer, studio: ImageHost, cache: DiskCache
@@ -556,9 +596,24 @@ def test_a_token_that_has_just_run_out_is_tried_once_more(
     def answer(handler: Handler) -> None:
         (host.empty(401) if len(studio.seen) == 1 else host.sent())(handler)
 
-    studio.answers["/a.png"] = answer
-    assert _source(studio.url, cache).fetch(1, "/a.png") == CONTENT
+    studio.answers["/data/a.png"] = answer
+    assert _source(studio.url, cache).fetch(1, "/data/a.png") == CONTENT
     assert studio.tokens == [f"Token {TOKEN}"] * 2
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/user/logout/", "/api/current-user/token", "/data/upload/../../api/projects/1/", "/data"],
+)
+def test_nothing_but_images_is_asked_for_in_the_name_of_the_tokens_user(
+    path: str, studio: ImageHost, elsewhere: ImageHost, cache: DiskCache
+) -> None:
+    elsewhere.answers["/back"] = host.redirect(f"{studio.url}{path}")
+    source = _source(studio.url, cache)
+    for value in (path, f"{studio.url}{path}", f"{elsewhere.url}/back"):
+        with pytest.raises(ImageUnavailable, match="without a login"):
+            source.fetch(1, value)
+    assert studio.tokens == [None] * 3
 
 
 def test_a_host_that_nothing_answers_at_is_named(
@@ -573,8 +628,8 @@ def test_a_host_that_nothing_answers_at_is_named(
 
 
 def test_no_text_holds_the_token(studio: ImageHost, cache: DiskCache) -> None:
-    studio.answers["/drop.png"] = _hung_up
-    for path in ("/missing.png", "/drop.png"):
+    studio.answers["/data/drop.png"] = _hung_up
+    for path in ("/data/missing.png", "/data/drop.png"):
         with pytest.raises(ImageUnavailable) as caught:
             _source(studio.url, cache).fetch(1, path)
         assert TOKEN not in str(caught.value)
@@ -585,7 +640,7 @@ def test_what_cannot_be_a_token_is_named_and_neither_sent_nor_shown(
     token: str, studio: ImageHost, cache: DiskCache
 ) -> None:
     with pytest.raises(ImageUnavailable, match="LABEL_STUDIO_API_KEY") as caught:
-        _source(studio.url, cache, token=token).fetch(1, "/a.png")
+        _source(studio.url, cache, token=token).fetch(1, "/data/a.png")
     assert "geheim" not in str(caught.value)
     assert studio.seen == []
 

@@ -414,6 +414,9 @@ def test_an_introduction_refreshes_address_and_token_and_keeps_the_rest(store: S
     project = store.project()
     assert (project.url, project.token, project.label_config) == ("http://b", "t2", config)
     assert store.annotated() == 1
+    # A token goes to the address that it came with, and to no other.
+    store.ingest.introduce(KEY, 1, label_config=config, url="http://c")
+    assert (store.project().url, store.project().token) == ("http://c", None)
 
 
 def _configured(label: str, *, minute: int) -> dict[str, Any]:

@@ -153,6 +153,35 @@ def test_who_began_on_a_version_ends_on_it(loaded: Loaded) -> None:
     wait_for(lambda: loaded.in_memory() == 1, within=10, what="v1 is gone")
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("model.safetensors", "not this"),
+        ("detector.json", '{"preset": "tiny", "labels": ["car"], "thresholds": []}'),
+        ("acquisition.safetensors", ""),
+        ("out_of_fold.json", '{"labels": ["car"], "predic'),
+    ],
+)
+def test_a_version_with_a_damaged_part_serves_again_once_that_is_restored(
+    file: str, content: str, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_RETRY", 1.0)
+    loaded.learn(1)
+    project = loaded.learn(1, "v2")
+    path = loaded.backend.registry.existing(project.key, "v2") / file
+    whole = path.read_bytes() if path.exists() else None
+    path.write_text(content)
+    loaded.use(project)
+    assert loaded.models.version(project) == "v1"
+    loaded.watch()
+    if whole is None:
+        path.unlink()
+    else:
+        path.write_bytes(whole)
+    wait_for(lambda: loaded.models.version(project) == "v2", within=30, what="v2 serves")
+    loaded.use(project)
+
+
 class _Slow:
     """Images that come when they are let through."""
 

@@ -235,7 +235,15 @@ class Detector:
                 {str(k): float(v) for k, v in card["thresholds"].items()},
                 calibration_from(card["calibration"]),
             )
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:
             raise CorruptDetector(f"{folder} holds no usable detector: {error}") from error
 
     def _to_tensor(self, pixels: npt.NDArray[np.uint8]) -> torch.Tensor:

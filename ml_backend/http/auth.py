@@ -18,6 +18,9 @@ def require_authentication() -> Response | None:
     settings = backend().settings
     if request.path == "/health":
         return None
+    if "Origin" in request.headers and request.method != "GET":
+        # Label Studio's server sends none: some page asks, in the browser of who may reach us.
+        return error_response(403, "web pages may not ask: Label Studio's server and programs do")
     secret = settings.webhook_secret
     if secret is not None and request.path == "/webhook":
         sent = request.headers.get(SECRET_HEADER, "")

@@ -9,8 +9,9 @@ import threading
 from typing import Any, TypeVar, cast
 
 from flask import current_app, request
+from gunicorn.http.errors import ParseException
 from pydantic import BaseModel, ValidationError
-from werkzeug.exceptions import RequestEntityTooLarge
+from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
 
 from ml_backend.backend import Backend
 from ml_backend.http.errors import BadRequest
@@ -20,6 +21,9 @@ from ml_backend.store.tables import Project
 Body = TypeVar("Body", bound=BaseModel)
 # Where it occurs, what was read may hold half a character, or NUL: that takes a closer look.
 _SUSPECT = re.compile(rb"\\u(?:[dD][89a-fA-F]|0000)")
+_OPENING = (b"{", b"[")
+MOST = 1_000_000
+"""Objects and lists of a body: a million take a second, during which nobody else is answered."""
 DEEPEST = 100
 """Levels of a body: what is deeper is read by one process and not by the next, whose calls are."""
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
@@ -40,14 +44,20 @@ def read_json() -> dict[str, Any]:
 
     Raises:
         BadRequest: it is something else, or holds what no database and no answer can hold: half a
-            character (a lone surrogate), NUL, NaN, an infinite number, or level upon level.
+            character (a lone surrogate), NUL, NaN, an infinite number, level upon level, or more
+            than anyone reads; or it did not arrive whole.
         RequestEntityTooLarge: it is larger than the settings allow.
     """
-    data = request.get_data()
+    try:
+        data = request.get_data()
+    except (ParseException, ClientDisconnected, OSError) as error:
+        raise BadRequest(f"the body did not arrive whole ({type(error).__name__})") from error
     limit = request.max_content_length
     # A body in chunks says its size by its end, and is cut off at the limit.
     if request.content_length is None and limit and len(data) >= limit:
         raise RequestEntityTooLarge
+    if sum(map(data.count, _OPENING)) > MOST:
+        raise BadRequest(f"the body holds more than {MOST:,} objects and lists: send fewer at once")
     try:
         # UTF-8 alone (RFC 8259): other charsets would hide from the look below what it looks for.
         text = data.decode("utf-8-sig")

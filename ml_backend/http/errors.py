@@ -7,19 +7,22 @@ So the reason phrase of our errors is the message itself, shortened; the body ho
 from __future__ import annotations
 
 import logging
+import re
 import sqlite3
 
-from flask import Flask, Response, jsonify
-from sqlalchemy.exc import OperationalError
+from flask import Flask, Response, jsonify, request
+from sqlalchemy.exc import DatabaseError
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from ml_backend.label_studio.events import InvalidEvent
 from ml_backend.label_studio.label_config import LabelConfigError
 from ml_backend.learning.projects import ProjectNotFound
+from ml_backend.store.database import is_outside
 from ml_backend.store.registry import VersionMissing
 
 _log = logging.getLogger(__name__)
 _PHRASE = 400
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class BadRequest(ValueError):
@@ -30,6 +33,8 @@ def error_response(status: int, message: str) -> Response:
     """A JSON error whose reason phrase says what is wrong."""
     response = jsonify(error=message)
     phrase = " ".join(message.split()).encode("latin-1", "replace").decode("latin-1")
+    # gunicorn answers 500 instead of a status line that holds one.
+    phrase = _CONTROL.sub("?", phrase)
     response.status = f"{status} {phrase[:_PHRASE]}"
     return response
 
@@ -58,18 +63,23 @@ def register(app: Flask) -> None:
             413, f"the body is larger than {limit:,} bytes: raise ML_BACKEND_MAX_REQUEST_BYTES"
         )
 
-    @app.errorhandler(OperationalError)
-    @app.errorhandler(sqlite3.OperationalError)
-    def no_database(error: OperationalError | sqlite3.OperationalError) -> Response:
+    @app.errorhandler(DatabaseError)
+    @app.errorhandler(sqlite3.DatabaseError)
+    def no_database(error: DatabaseError | sqlite3.DatabaseError) -> Response:
+        if not is_outside(error):
+            return unexpected(error)
         # Not ours to mend, and nothing was acknowledged; the log needs no traceback for it.
-        cause = error.orig if isinstance(error, OperationalError) else error
+        cause = error.orig if isinstance(error, DatabaseError) else error
         words = f"the database or the queue cannot be used: {cause}"
         _log.error("a request failed: %s", words)
-        return error_response(503, f"{words} (disk full? server down?)")
+        return error_response(503, f"{words} (disk full? server down? file damaged?)")
 
     @app.errorhandler(HTTPException)
     def http_error(error: HTTPException) -> Response:
-        response = error_response(error.code or 500, error.description or error.name)
+        words = error.description or error.name
+        if error.code == 404:
+            words = f"there is no {request.path}: /openapi.json describes what there is"
+        response = error_response(error.code or 500, words)
         for name, value in error.get_headers():
             if name.lower() not in {"content-type", "content-length"}:
                 response.headers[name] = value

@@ -9,17 +9,22 @@ from typing import Any
 
 from flask import Blueprint
 from pydantic import BaseModel, Field, StrictInt
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DatabaseError
 
 from ml_backend.http.current import backend, find_project, predicting, read_body
+from ml_backend.http.errors import BadRequest
 from ml_backend.label_studio.events import parse_project_key
 from ml_backend.label_studio.label_config import parse_label_config
 from ml_backend.learning.metrics import LEFT_OVER
 from ml_backend.learning.serving import Predicted
+from ml_backend.store.database import is_outside
 from ml_backend.store.tables import Project
 
 blueprint = Blueprint("predict", __name__)
 _log = logging.getLogger(__name__)
+
+MOST_TASKS = 100_000
+"""Tasks of a request: more could not even be read within its time."""
 
 
 class TaskToPredict(BaseModel):
@@ -48,6 +53,8 @@ def predict() -> dict[str, Any]:
     body = read_body(Predict)
     if not body.tasks:
         return {"results": []}
+    if len(body.tasks) > MOST_TASKS:
+        raise BadRequest(f"tasks: {len(body.tasks):,} at once: select at most {MOST_TASKS:,}")
     if body.project and body.label_config:
         key = parse_project_key(body.project)
         config = parse_label_config(body.label_config)
@@ -82,7 +89,9 @@ def _hand_over(project: Project, tasks: list[dict[str, Any]], what: str) -> None
     try:
         job = backend().jobs.hand_over_predictions(project.id, tasks)
         backend().tasks.put("predict", job)
-    except (OperationalError, sqlite3.OperationalError) as error:
+    except (DatabaseError, sqlite3.DatabaseError) as error:
+        if not is_outside(error):
+            raise
         _log.error("project %s: %s, and nobody finishes them: %s", project.key, what, error)
         return
     LEFT_OVER.inc(len(tasks))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from flask import Blueprint
 from pydantic import BaseModel
 
@@ -33,7 +35,12 @@ def setup() -> dict[str, str]:
         key.key,
         key.id,
         label_config=body.schema_,
-        url=(body.hostname or "").rstrip("/") or None,
+        url=_without_user((body.hostname or "").rstrip("/")) or None,
         token=body.access_token or None,
     )
     return {"model_version": backend().models.version(project)}
+
+
+def _without_user(url: str) -> str:
+    """An address without user and password, which are not for logs and `/metrics`."""
+    return re.sub(r"(?<=//)[^/?#]*@", "", url)

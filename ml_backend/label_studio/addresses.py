@@ -16,13 +16,13 @@ from contextlib import suppress
 from typing import Any
 
 import requests
-from requests.adapters import HTTPAdapter
 from requests.utils import select_proxy
-from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.connection import HTTPConnection
 from urllib3.exceptions import LocationParseError
 from urllib3.util import parse_url
 from urllib3.util.connection import allowed_gai_family, create_connection
+
+from ml_backend.label_studio.connections import DeadlineAdapter
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Origin = tuple[str | None, str | None, int | None]
@@ -93,12 +93,9 @@ class Guard:
         plain = _plain(ipaddress.ip_address(address))
         return _is_public(plain) or any(plain in network for network in self._networks)
 
-    def session(self) -> requests.Session:
-        """A session whose every connection is checked; for one thread."""
-        session = requests.Session()
-        for scheme in ("http://", "https://"):
-            session.mount(scheme, _Adapter(self))
-        return session
+    def adapter(self) -> DeadlineAdapter:
+        """Asks over connections each of which is checked; for one thread."""
+        return _Adapter(self)
 
 
 def origin_of(url: str) -> Origin:
@@ -133,16 +130,15 @@ def _is_public(address: Address) -> bool:
     )
 
 
-class _Adapter(HTTPAdapter):
+class _Adapter(DeadlineAdapter):
     """Connects through a guard."""
 
     def __init__(self, guard: Guard) -> None:
         self._guard = guard
         super().__init__()
 
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = _pools(self._guard)
+    def connect(self, scheme: str, connection: HTTPConnection) -> socket.socket:
+        return _connect(self._guard, scheme, connection)
 
     def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> Any:
         proxy = select_proxy(request.url or "", kwargs.get("proxies"))
@@ -152,24 +148,6 @@ class _Adapter(HTTPAdapter):
             with suppress(OSError):
                 self._guard.resolve(scheme or "", host or "", port or 0)
         return super().send(request, *args, **kwargs)
-
-
-def _pools(guard: Guard) -> dict[str, type[HTTPConnectionPool]]:
-    class Plain(HTTPConnection):
-        def _new_conn(self) -> socket.socket:
-            return _connect(guard, "http", self)
-
-    class Encrypted(HTTPSConnection):
-        def _new_conn(self) -> socket.socket:
-            return _connect(guard, "https", self)
-
-    class PlainPool(HTTPConnectionPool):
-        ConnectionCls = Plain
-
-    class EncryptedPool(HTTPSConnectionPool):
-        ConnectionCls = Encrypted
-
-    return {"http": PlainPool, "https": EncryptedPool}
 
 
 def _connect(guard: Guard, scheme: str, connection: HTTPConnection) -> socket.socket:

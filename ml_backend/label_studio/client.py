@@ -16,9 +16,9 @@ from typing import Any
 import requests
 from label_studio_sdk import LabelStudio
 from label_studio_sdk.core.api_error import ApiError
-from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
+from ml_backend.label_studio.connections import DeadlineAdapter
 from ml_backend.label_studio.events import (
     InvalidEvent,
     PredictionInfo,
@@ -34,6 +34,8 @@ GUARD = (
 _TIMEOUT = (3.05, 60)
 _QUICK_TIMEOUT = (3.05, 20)
 """A server that is asked for predictions may have to ask first: Label Studio waits 100 s for it."""
+_PATIENCE = 2
+"""Times its timeout that an answer may take in all, which begins within it."""
 _LONGEST_PAUSE = 60.0
 _PAGE = 500
 _IMPORT = 1000
@@ -117,25 +119,23 @@ class LabelStudioClient:
         self._local = threading.local()
 
     @property
-    def _session(self) -> requests.Session:
+    def _adapter(self) -> DeadlineAdapter:
         # requests does not promise that a session may be shared by threads.
-        if not hasattr(self._local, "session"):
-            session = requests.Session()
-            retry = Retry(
-                total=2,
-                # One that takes a request and does not answer is not worth a third.
-                read=1,
-                backoff_factor=0.5,
-                status_forcelist=(502, 503, 504),
-                allowed_methods=("GET",),
-                raise_on_status=False,
+        if not hasattr(self._local, "adapter"):
+            self._local.adapter = DeadlineAdapter(
+                max_retries=Retry(
+                    total=2,
+                    # One that takes a request and does not answer is not worth a third.
+                    read=1,
+                    backoff_factor=0.5,
+                    status_forcelist=(502, 503, 504),
+                    allowed_methods=("GET",),
+                    raise_on_status=False,
+                )
             )
-            for scheme in ("http://", "https://"):
-                session.mount(scheme, HTTPAdapter(max_retries=retry))
-            self._local.session = session
-        session = self._local.session
-        assert isinstance(session, requests.Session)
-        return session
+        adapter = self._local.adapter
+        assert isinstance(adapter, DeadlineAdapter)
+        return adapter
 
     def auth_headers(self) -> dict[str, str]:
         """The `Authorization` header: `Token …`, or a fresh `Bearer …` for a personal token.
@@ -489,16 +489,18 @@ class LabelStudioClient:
         for attempt in (1, 2):
             headers = self.auth_headers() if authorize else {}
             try:
-                response = self._session.request(
-                    method,
-                    self.url + path,
-                    params=params,
-                    json=body,
-                    headers=headers,
-                    timeout=timeout,
-                    allow_redirects=False,
-                    auth=as_it_is,
-                )
+                asking = self._adapter
+                with asking.within(_PATIENCE * timeout[1]):
+                    response = asking.session.request(
+                        method,
+                        self.url + path,
+                        params=params,
+                        json=body,
+                        headers=headers,
+                        timeout=timeout,
+                        allow_redirects=False,
+                        auth=as_it_is,
+                    )
             except requests.RequestException as error:
                 raise Unreachable(
                     f"{self.url} does not answer ({type(error).__name__}): check that it runs and "

@@ -11,6 +11,7 @@ import base64
 import hashlib
 import logging
 import os
+import re
 import tempfile
 import threading
 import time
@@ -25,6 +26,7 @@ from urllib3.util import parse_url
 
 from ml_backend.label_studio.addresses import AddressRefused, Guard, origin_of
 from ml_backend.label_studio.client import LabelStudioClient, LabelStudioError, as_it_is
+from ml_backend.label_studio.connections import DeadlineAdapter
 
 _log = logging.getLogger(__name__)
 
@@ -33,6 +35,10 @@ _CHUNK = 64 * 1024
 _CLOUD = ("s3://", "gs://", "azure-blob://")
 _SERVED = ("/data/local-files/", "/data/upload/")
 """Paths of what Label Studio itself serves of a task."""
+_WITH_TOKEN = re.compile(r"/(data|storage-data|(tasks|projects)/\d+/(resolve|presign))/")
+"""Paths of what it serves of a task to those who may see it."""
+_SHOWN = 200
+"""Letters of an address in a message."""
 
 
 class ImageUnavailable(RuntimeError):
@@ -150,8 +156,7 @@ class ImageSource:
     ) -> None:
         self._other_urls = tuple(other_urls)
         self._base_url = base_url.rstrip("/") if base_url else None
-        own = (self._base_url, *self._other_urls)
-        self._guard = Guard(filter(None, own), allowed_hosts)
+        self._guard = Guard([self._base_url] if self._base_url else [], allowed_hosts)
         self._client = client
         self._cache = cache
         self._max_bytes = max_bytes
@@ -224,12 +229,12 @@ class ImageSource:
             return value
         if self._base_url is None:
             raise ImageUnavailable(
-                f"{value[:100]} lies in Label Studio, whose address is not known: set "
+                f"{_named(value)} lies in Label Studio, whose address is not known: set "
                 "LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY"
             )
         if value.startswith(_CLOUD):
             if task_id is None:
-                raise ImageUnavailable(f"{value[:100]} can only be read for a task with an id")
+                raise ImageUnavailable(f"{_named(value)} can only be read for a task with an id")
             encoded = base64.urlsafe_b64encode(value.encode()).decode()
             return f"{self._base_url}/tasks/{task_id}/resolve/?fileuri={encoded}"
         if not value.startswith("/"):
@@ -245,47 +250,67 @@ class ImageSource:
 
     def _download(self, url: str) -> bytes:
         deadline = time.monotonic() + self._timeout
+        with self._adapter.within(self._timeout):
+            return self._follow(url, deadline)
+
+    def _follow(self, url: str, deadline: float) -> bytes:
         address, redirects, refreshed = url, 0, False
+        authorised = self._takes_token(address)
         while redirects <= REDIRECTS:
             try:
-                with self._get(address, deadline) as response:
+                with self._get(address, deadline, authorised) as response:
                     if response.is_redirect:
                         redirects += 1
                         address = urljoin(address, response.headers["Location"])
+                        # Where Label Studio itself leads to, it asks who comes there as well.
+                        authorised = self._is_own(address) and (
+                            authorised or self._takes_token(address)
+                        )
                         if not address.startswith(("http://", "https://")):
-                            raise ImageUnavailable(f"{url} is redirected to {address[:100]}")
+                            raise ImageUnavailable(
+                                f"{_named(url)} is redirected to {_named(address)}"
+                            )
                         continue
-                    if response.status_code == 401 and self._is_own(address) and not refreshed:
+                    if response.status_code == 401 and authorised and not refreshed:
                         refreshed = True
                         if self._client is not None:
                             self._client.refresh_auth()
                             continue
                     if response.status_code >= 400:
-                        raise ImageUnavailable(self._refused(address, response.status_code))
+                        raise ImageUnavailable(
+                            self._refused(address, response.status_code, authorised)
+                        )
                     content = self._read(address, response, deadline)
+                    # A head that was cut off reads like a whole one, with nothing behind it.
+                    if time.monotonic() > deadline:
+                        raise self._too_slow(address)
                     if content.lstrip()[:1] == b"<":
                         # A login, or a proxy's word that the site is down; it must not be cached.
-                        raise ImageUnavailable(f"{address} answers with a page, and no image")
+                        raise ImageUnavailable(
+                            f"{_named(address)} answers with a page, and no image"
+                        )
                     return content
             except AddressRefused as error:
-                raise ImageUnavailable(f"{address} is not read: {error}") from error
+                raise ImageUnavailable(f"{_named(address)} is not read: {error}") from error
             except (requests.RequestException, HTTPError, ValueError) as error:
+                if time.monotonic() > deadline:
+                    raise self._too_slow(address) from error
                 # While the body is read, errors are urllib3's own; ValueError: no valid address.
                 raise ImageUnavailable(
-                    f"{address} cannot be read ({type(error).__name__}): it must be reachable "
-                    "from this machine"
+                    f"{_named(address)} cannot be read ({type(error).__name__}): it must be "
+                    "reachable from this machine"
                 ) from error
-        raise ImageUnavailable(f"{url} is redirected more than {REDIRECTS} times")
+        raise ImageUnavailable(f"{_named(url)} is redirected more than {REDIRECTS} times")
 
-    def _get(self, address: str, deadline: float) -> requests.Response:
+    def _get(self, address: str, deadline: float, authorised: bool) -> requests.Response:
         headers = {}
-        if self._client is not None and self._is_own(address):
+        if self._client is not None and authorised:
             try:
                 headers = self._client.auth_headers()
             except LabelStudioError as error:
                 raise ImageUnavailable(str(error)) from error
         left = max(0.1, deadline - time.monotonic())
-        return self._session.get(
+        return self._adapter.session.get(
             address,
             headers=headers,
             stream=True,
@@ -301,14 +326,11 @@ class ImageSource:
             size += len(part)
             if size > self._max_bytes:
                 raise ImageUnavailable(
-                    f"{address} is larger than {self._max_bytes:,} bytes: raise "
+                    f"{_named(address)} is larger than {self._max_bytes:,} bytes: raise "
                     "ML_BACKEND_IMAGE_MAX_BYTES, or use smaller images"
                 )
             if time.monotonic() > deadline:
-                raise ImageUnavailable(
-                    f"{address} took longer than {self._timeout:g} s: raise "
-                    "ML_BACKEND_IMAGE_TIMEOUT, or look why it is slow"
-                )
+                raise self._too_slow(address)
             parts.append(part)
         return b"".join(parts)
 
@@ -318,13 +340,19 @@ class ImageSource:
         while part := response.raw.read1(_CHUNK, decode_content=True):
             yield part
 
+    def _too_slow(self, address: str) -> ImageUnavailable:
+        return ImageUnavailable(
+            f"{_named(address)} took longer than {self._timeout:g} s: raise "
+            "ML_BACKEND_IMAGE_TIMEOUT, or look why it is slow"
+        )
+
     @property
-    def _session(self) -> requests.Session:
-        if not hasattr(self._local, "session"):
-            self._local.session = self._guard.session()
-        session = self._local.session
-        assert isinstance(session, requests.Session)
-        return session
+    def _adapter(self) -> DeadlineAdapter:
+        if not hasattr(self._local, "adapter"):
+            self._local.adapter = self._guard.adapter()
+        adapter = self._local.adapter
+        assert isinstance(adapter, DeadlineAdapter)
+        return adapter
 
     def _is_own(self, address: str) -> bool:
         try:
@@ -332,9 +360,18 @@ class ImageSource:
         except LocationParseError:
             return False
 
-    def _refused(self, address: str, status: int) -> str:
-        what = f"{address} answers status {status}"
-        if not self._is_own(address):
+    def _takes_token(self, address: str) -> bool:
+        """Whether Label Studio serves images there: nothing else is asked for in its user's name,
+        whatever people write into a task."""
+        if self._base_url is None or not self._is_own(address):
+            return False
+        # As it is sent: with the dots of /data/../ resolved.
+        path, prefix = (parse_url(url).path or "" for url in (address, self._base_url))
+        return _WITH_TOKEN.match(path.removeprefix(prefix.rstrip("/"))) is not None
+
+    def _refused(self, address: str, status: int, authorised: bool) -> str:
+        what = f"{_named(address)} answers status {status}"
+        if not authorised:
             return f"{what}: it must be readable without a login"
         if self._client is None:
             return f"{what}: set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY"
@@ -346,6 +383,14 @@ class ImageSource:
         if status in (401, 403):
             return f"{what}: the user of LABEL_STUDIO_API_KEY may not see it"
         return f"{what}: is the file still there?"
+
+
+def _named(address: str) -> str:
+    """An address for people and logs: in one line, without what a cloud signed."""
+    start, mark, query = address.partition("?")
+    shown = start if mark and "sign" in query.lower() else address
+    text = "".join(letter if letter.isprintable() else "?" for letter in shown[:_SHOWN])
+    return text if shown == address and len(address) <= _SHOWN else f"{text}…"
 
 
 def _inline(value: str, max_bytes: int) -> bytes:

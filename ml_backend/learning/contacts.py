@@ -12,10 +12,10 @@ from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import func, select
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DatabaseError
 
 from ml_backend.label_studio.client import Passing
-from ml_backend.store.database import Database
+from ml_backend.store.database import Database, is_outside
 from ml_backend.store.tables import Contact, now
 
 _log = logging.getLogger(__name__)
@@ -51,7 +51,9 @@ class Contacts:
             self._noted[url] = kind, time.monotonic()
         try:
             self._write(url, kind, str(failure) if failure is not None else "")
-        except OperationalError as error:
+        except DatabaseError as error:
+            if not is_outside(error):
+                raise
             _log.warning("how %s answers is not noted: %s", url, error.orig)
 
     def wait(self, url: str) -> float:

@@ -25,6 +25,7 @@ from ml_backend.label_studio.label_config import (
     match_labels,
     parse_label_config,
 )
+from ml_backend.learning.artefact import load_artefact
 from ml_backend.learning.connect import (
     connection_fields,
     has_credentials,
@@ -92,13 +93,15 @@ class Doctor:
             live = [(p.key, p.live_version or "") for p in projects]
         for key, version in live:
             try:
-                Detector.load(self._registry.existing(key, version), torch.device("cpu"))
+                load_artefact(self._registry.existing(key, version), torch.device("cpu"))
             except (VersionMissing, CorruptDetector) as error:
                 yield Finding(
                     "live version",
                     "error",
-                    f"project {key}: {version} cannot serve, an earlier one does: {error}",
-                    f"restore the folder, or `ml-backend rollback -p {key}`",
+                    f"project {key}: {version} cannot serve; an earlier one does, where there is "
+                    f"one: {error}",
+                    "restore the folder (it is tried again within a minute), or "
+                    f"`ml-backend rollback -p {key}`",
                 )
             else:
                 yield Finding("live version", "ok", f"project {key}: {version} loads")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 
-from ml_backend.label_studio.client import LabelStudioError
+from ml_backend.label_studio.client import LabelStudioError, NotFound
 from ml_backend.learning.connect import connection_fields, has_credentials, own_connections
 from ml_backend.learning.label_studios import LabelStudios
 from ml_backend.settings import Settings
@@ -59,6 +59,9 @@ class InStep:
                 )
                 client.update_ml_backend(backend["id"], **fields)
                 _log.info("project %s: the connection is titled %s now", project.key, version)
+        except NotFound as error:
+            # It was deleted, most likely; the next promotion looks again.
+            _log.warning("project %s is not kept in step: %s", project.key, error)
         except LabelStudioError as error:
             _log.warning("project %s is not in step yet: %s", project.key, error)
             return False

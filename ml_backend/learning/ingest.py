@@ -107,7 +107,8 @@ class Ingest:
                 row.described_at = now()
             if url is not None:
                 if row.url != url:
-                    row.is_default = None
+                    # The token is good where it came from, and goes nowhere else.
+                    row.is_default = row.token = None
                 row.url = url
             if token is not None:
                 row.token = token

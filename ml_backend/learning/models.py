@@ -21,6 +21,7 @@ from ml_backend.detection.detector import CorruptDetector, Detector
 from ml_backend.detection.device import own_device, resolve_device, serving_devices
 from ml_backend.detection.zoo import preset_named
 from ml_backend.learning.acquisition import Reference, Strategy, strategy_named
+from ml_backend.learning.artefact import load_artefact
 from ml_backend.learning.promotion import counts_of
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
@@ -32,6 +33,8 @@ _log = logging.getLogger(__name__)
 SCARCE = 0.1
 """Share of memory below which the model used longest ago is let go."""
 _WATCH = 1.0
+_RETRY = 60.0
+"""Seconds after which a version that could not be loaded is tried again."""
 
 
 @dataclass(slots=True, eq=False)
@@ -103,7 +106,7 @@ class Models:
         self._lock = threading.Lock()
         self._loading: dict[int, threading.Lock] = {}
         self._loaded: OrderedDict[int, LoadedModel] = OrderedDict()
-        self._broken: set[tuple[int, str]] = set()
+        self._broken: dict[tuple[int, str], float] = {}
         self._generic: LoadedModel | None = None
         self._generic_tried = False
         self._device: torch.device | None = None
@@ -203,8 +206,7 @@ class Models:
             projects = session.scalars(select(Project).where(Project.id.in_(known))).all()
         for project in projects:
             live = project.live_version
-            # A broken one is not tried again: what stands in for it would be loaded anew each time.
-            if live in (None, known[project.id]) or (project.id, live) in self._broken:
+            if live in (None, known[project.id]) or self._is_broken(project.id, live):
                 continue
             loaded = self._load(project)
             if loaded is not None:
@@ -213,14 +215,19 @@ class Models:
     def _load(self, project: Project) -> LoadedModel | None:
         """Loads what predicts for a project, held for the caller."""
         for version, why in self._candidates(project):
-            if (project.id, version) in self._broken:
+            if self._is_broken(project.id, version):
                 continue
+            with self._lock:
+                standing_in = self._loaded.get(project.id)
+                if standing_in is not None and standing_in.version == version:
+                    standing_in.hold()
+                    return standing_in
             started = time.monotonic()
             try:
                 folder = self._registry.existing(project.key, version)
-                detector = Detector.load(folder, self.device)
+                artefact = load_artefact(folder, self.device)
             except (VersionMissing, CorruptDetector) as error:
-                self._broken.add((project.id, version))
+                self._broken[project.id, version] = time.monotonic()
                 _log.error("project %s: %s cannot serve: %s", project.key, version, error)
                 continue
             with self._database.reading() as session:
@@ -229,13 +236,15 @@ class Models:
                         ModelVersion.project_id == project.id, ModelVersion.name == version
                     )
                 ).one()
+            self._broken.pop((project.id, version), None)
+            detector = artefact.detector
             seen = {label for label, boxes in counts_of(card).items() if boxes}
             loaded = LoadedModel(
                 version=version,
                 labels=detector.labels,
                 thresholds={k: v for k, v in detector.thresholds.items() if k in seen},
                 predictor=BatchingPredictor(detector, device_lock=self._device_lock),
-                strategy=self._strategy(Reference.load(folder, len(detector.labels)), version),
+                strategy=self._strategy(artefact.reference, version),
             )
             with self._lock:
                 old = self._loaded.pop(project.id, None)
@@ -253,6 +262,11 @@ class Models:
             self._make_room(project.id)
             return loaded
         return None
+
+    def _is_broken(self, project_id: int, version: str) -> bool:
+        """Whether a version could not be loaded a moment ago; somebody may restore its folder."""
+        since = self._broken.get((project_id, version))
+        return since is not None and time.monotonic() < since + _RETRY
 
     def _candidates(self, project: Project) -> list[tuple[str, str]]:
         """The live version, and what serves where its artefact is broken: the ones before it."""

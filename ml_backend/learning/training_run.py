@@ -15,14 +15,15 @@ from typing import Any
 import torch
 
 from ml_backend import __version__
-from ml_backend.detection.detector import CorruptDetector, Detector
+from ml_backend.detection.detector import CorruptDetector
 from ml_backend.detection.device import DeviceError, describe_device, resolve_device
 from ml_backend.detection.zoo import check
 from ml_backend.label_studio.client import LabelStudioError, Passing
 from ml_backend.label_studio.images import ImageUnavailable
 from ml_backend.label_studio.label_config import LabelConfigError, parse_label_config
+from ml_backend.learning.artefact import load_artefact
 from ml_backend.learning.dataset import Dataset, build_dataset
-from ml_backend.learning.honest import load_out_of_fold, save_out_of_fold
+from ml_backend.learning.honest import save_out_of_fold
 from ml_backend.learning.ingest import Ingest
 from ml_backend.learning.label_studios import LabelStudios
 from ml_backend.learning.lesson import Lesson, Live, Teacher, cost_model
@@ -198,12 +199,12 @@ class TrainingRun:
             return None
         try:
             folder = self._registry.existing(project.key, project.live_version)
-            detector = Detector.load(folder, device)
+            live = load_artefact(folder, device)
         except (VersionMissing, CorruptDetector) as error:
             # It cannot serve either: whatever the new version can do is better.
             _log.error("the live version is not compared with: %s", error)
             return None
-        return Live(project.live_version, detector, load_out_of_fold(folder, detector.labels))
+        return Live(project.live_version, live.detector, live.out_of_fold)
 
     def _name(self, project: Project, dataset: Dataset, lesson: Lesson) -> str:
         number = self._versions.count(project.id) + 1

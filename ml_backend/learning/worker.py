@@ -45,6 +45,8 @@ _LAST = 5.0
 """Seconds that work in progress has to end when the worker stops."""
 _BUSY = 3.0
 """Seconds before a job looks again whether another one has ended."""
+_STEP_AGAIN = 30.0
+"""Seconds until a project that could not be brought into step is tried again."""
 _AUDIT_EVERY = 5.0
 """Seconds between two audits of a project: people annotate faster than anyone looks at them."""
 
@@ -119,6 +121,7 @@ class Worker:
         self._seen: dict[int, int] = {}
         self._due: dict[int, datetime] = {}
         self._live: dict[int, str | None] = {}
+        self._step_at: dict[int, float] = {}
         self._rest: dict[int, tuple[str | None, datetime | None]] = {}
         self._audited: dict[int, int] = {}
         self._audit_at: dict[int, float] = {}
@@ -192,8 +195,12 @@ class Worker:
                 elif (until := self._jobs.waiting_until(project.id)) is not None:
                     self._due[project.id] = until
             # Once after the start as well: a worker may have died between promotion and step.
-            if self._live.get(project.id) != project.live_version:
+            step_at = self._step_at.get(project.id)
+            if self._live.get(project.id) != project.live_version or (
+                step_at is not None and step_at <= time.monotonic()
+            ):
                 self._live[project.id] = project.live_version
+                self._step_at.pop(project.id, None)
                 self._tasks.put("in step", project.id)
             # A version may be new, or tasks.
             rest = (project.live_version, project.heard_at)
@@ -291,7 +298,8 @@ class Worker:
 
     def _keep_in_step(self, project_id: int) -> None:
         if not self._in_step.update(project_id):
-            self._tasks.put("in step", project_id, wait=30)
+            # Not by way of the queue, which outlives us: each start would add one more.
+            self._step_at[project_id] = time.monotonic() + _STEP_AGAIN
 
     def _audit(self, project_id: int) -> None:
         wait = self._audits.update(project_id)

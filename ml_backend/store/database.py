@@ -8,8 +8,8 @@ import math
 import os
 import sqlite3
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from filelock import FileLock
 from sqlalchemy import Engine, UpdateBase, create_engine, event
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+from sqlalchemy.exc import DatabaseError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -29,6 +30,8 @@ _MIGRATIONS = Path(__file__).parent / "migrations"
 _alembic = Lock()
 _LOG_PAGES = 16_384
 """Pages of SQLite's log, of 4 KiB, after which a commit writes them into the file itself."""
+_WAIT = 10.0
+"""Seconds that a write waits for others before it fails: threads that wait answer nobody."""
 _COPIES = 3
 """Copies of a SQLite file that are kept, each as it was before a change of its schema."""
 
@@ -46,14 +49,15 @@ class Database:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.engine = _engine(url)
+        self.engine = _engine(url, self._opened)
         self._sessions = sessionmaker(self.engine, expire_on_commit=False)
         reading = self.engine.execution_options(reading=True)
         self._readings = sessionmaker(reading, expire_on_commit=False)
         self._single = self.engine.execution_options(isolation_level="AUTOCOMMIT")
         # SQLite lets writers poll for its one lock, and some then wait for seconds under a burst:
         # the threads of one process take turns instead.
-        self._turn: AbstractContextManager[object] = Lock() if self.is_sqlite else nullcontext()
+        self._lock = Lock()
+        self._file: tuple[int, int] | None = None
 
     @property
     def is_sqlite(self) -> bool:
@@ -62,8 +66,12 @@ class Database:
 
     @contextmanager
     def session(self) -> Iterator[Session]:
-        """One transaction: committed at the end, rolled back on an exception."""
-        with self._turn, self._sessions.begin() as session:
+        """One transaction: committed at the end, rolled back on an exception.
+
+        Raises:
+            OperationalError: it cannot begin; nothing was written.
+        """
+        with self._turn(), self._sessions.begin() as session:
             yield session
 
     @contextmanager
@@ -79,7 +87,7 @@ class Database:
         priority that has to wait for its turn between a `BEGIN` and its `COMMIT` holds up every
         other for half a second.
         """
-        with self._turn, self._single.connect() as connection:
+        with self._turn(), self._single.connect() as connection:
             return connection.execute(statement).rowcount
 
     def insert(self, table: type[Base]) -> Any:
@@ -137,6 +145,38 @@ class Database:
         """Gives the connections back."""
         self.engine.dispose()
 
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Held while something is written to SQLite."""
+        if not self.is_sqlite:
+            yield
+            return
+        if not self._lock.acquire(timeout=_WAIT):
+            raise _refused(f"it was locked for {_WAIT:g} s")
+        try:
+            self._check_file()
+            yield
+        finally:
+            self._lock.release()
+
+    def _check_file(self) -> None:
+        """What is written to a file that was deleted would be acknowledged, and lost."""
+        if self._file is None or self._file == self._on_disk():
+            return
+        self.engine.dispose()
+        self._file = None
+        raise _refused(f"{self.engine.url.database} was removed or replaced: restart the backend")
+
+    def _opened(self) -> None:
+        self._file = self._on_disk()
+
+    def _on_disk(self) -> tuple[int, int] | None:
+        try:
+            status = Path(self.engine.url.database or "").stat()
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino
+
     def _schema(self, known: list[str]) -> str | None:
         """The number of its schema, one of those that are known; None where it is empty."""
         from alembic.migration import MigrationContext
@@ -149,6 +189,20 @@ class Database:
                 "install the release that wrote it, or restore a copy from before"
             )
         return revision
+
+
+def is_outside(error: BaseException | None) -> bool:
+    """Whether an error tells of what is around a database (away, locked, full, damaged), and of no
+    fault of this program."""
+    return isinstance(error, OperationalError | sqlite3.OperationalError) or type(error) in (
+        # What SQLite raises of a damaged file.
+        DatabaseError,
+        sqlite3.DatabaseError,
+    )
+
+
+def _refused(why: str) -> OperationalError:
+    return OperationalError(None, None, sqlite3.OperationalError(why))
 
 
 def in_chunks(rows: Iterable[_Row], size: int = 500) -> Iterator[list[_Row]]:
@@ -188,9 +242,9 @@ def _copy(file: Path, schema: str) -> None:
             old_copy.unlink()
 
 
-def _engine(url: str) -> Engine:
+def _engine(url: str, opened: Callable[[], None]) -> Engine:
     if not url.startswith("sqlite"):
-        engine = create_engine(url, pool_pre_ping=True, json_serializer=_json)
+        engine = create_engine(url, pool_pre_ping=True, hide_parameters=True, json_serializer=_json)
 
         @event.listens_for(engine, "connect")
         def _in_utc(connection: Any, _: ConnectionPoolEntry) -> None:
@@ -199,7 +253,9 @@ def _engine(url: str) -> Engine:
             connection.commit()
 
         return engine
-    engine = create_engine(url, connect_args={"timeout": 30}, json_serializer=_json)
+    engine = create_engine(
+        url, connect_args={"timeout": _WAIT}, hide_parameters=True, json_serializer=_json
+    )
 
     @event.listens_for(engine, "connect")
     def _configure(connection: Any, _: ConnectionPoolEntry) -> None:
@@ -214,6 +270,7 @@ def _engine(url: str) -> Engine:
             f"wal_autocheckpoint={_LOG_PAGES}",
         ):
             connection.execute(f"PRAGMA {pragma}")
+        opened()
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Any) -> None:

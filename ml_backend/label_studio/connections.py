@@ -1,0 +1,129 @@
+"""Requests that end: in all, not only between one byte and the next.
+
+The timeouts of requests hold for each piece that arrives. By them alone, whoever sends a byte every
+few seconds, within the head or the size of a chunk, keeps a thread for hours.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+
+class DeadlineAdapter(HTTPAdapter):
+    """Its connections can be cut; for one thread. Takes what requests' adapter takes.
+
+    Attributes:
+        session: asks through it alone.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        self._lock = threading.Lock()
+        self._within = self._over = False
+        # A second handle on each connection: TLS takes the first one over.
+        self._open: set[socket.socket] = set()
+        self._closed: set[socket.socket] = set()
+        super().__init__(**kwargs)
+        self.session = requests.Session()
+        for scheme in ("http://", "https://"):
+            self.session.mount(scheme, self)
+
+    @contextmanager
+    def within(self, seconds: float) -> Iterator[None]:
+        """What is asked for in here has ended by then, if need be with an error of requests."""
+        timer = threading.Timer(seconds, self._cut)
+        timer.daemon = True
+        self._within, self._over = True, False
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            with self._lock:
+                self._within = self._over = False
+                for handle in self._closed:
+                    handle.close()
+                self._open -= self._closed
+                self._closed.clear()
+
+    def connect(self, scheme: str, connection: HTTPConnection) -> socket.socket | None:
+        """Connects as urllib3 does where None; for subclasses that decide whereto.
+
+        Args:
+            scheme: `http` or `https`.
+            connection: says where to, and within how many seconds.
+        """
+        return None
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        """As requests does, with connections that tell of themselves."""
+        super().init_poolmanager(*args, **kwargs)
+        self.poolmanager.pool_classes_by_scheme = _pools(self)
+
+    def opened(self, connected: socket.socket) -> socket.socket:
+        """Keeps a handle on a connection, and answers it.
+
+        Raises:
+            OSError: it is too late for one.
+        """
+        with self._lock:
+            if self._over:
+                connected.close()
+                raise TimeoutError("the time for this request is over")
+            handle = connected.dup()
+            self._open.add(handle)
+        return handle
+
+    def closed(self, handle: socket.socket) -> None:
+        """A connection was closed; what was answered over it may still be read."""
+        with self._lock:
+            if self._within:
+                self._closed.add(handle)
+            else:
+                self._open.discard(handle)
+                handle.close()
+
+    def _cut(self) -> None:
+        with self._lock:
+            if self._within:
+                self._over = True
+                for handle in self._open:
+                    # The other side may have closed it.
+                    with suppress(OSError):
+                        handle.shutdown(socket.SHUT_RDWR)
+
+
+def _pools(adapter: DeadlineAdapter) -> dict[str, type[HTTPConnectionPool]]:
+    class Known(HTTPConnection):
+        scheme = "http"
+        handle: socket.socket | None = None
+
+        def _new_conn(self) -> socket.socket:
+            connected = adapter.connect(self.scheme, self) or super()._new_conn()
+            self.handle = adapter.opened(connected)
+            return connected
+
+        def close(self) -> None:
+            super().close()
+            if self.handle is not None:
+                adapter.closed(self.handle)
+                self.handle = None
+
+    class KnownByTls(Known, HTTPSConnection):
+        scheme = "https"
+
+    class Plain(HTTPConnectionPool):
+        ConnectionCls = Known
+
+    class Encrypted(HTTPSConnectionPool):
+        ConnectionCls = KnownByTls
+
+    return {"http": Plain, "https": Encrypted}
