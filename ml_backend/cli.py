@@ -16,13 +16,13 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
-from rich.table import Table
+from rich.table import Column, Table
 from sqlalchemy import func, select
 from sqlalchemy.exc import DatabaseError
 
@@ -54,6 +54,9 @@ _rank = select(
 ).subquery()
 
 _PORT_WITHIN = 5.0
+_NOBODY = 15.0
+"""Seconds in which a worker takes what was asked for, where there is one."""
+_Number = TypeVar("_Number", int, float)
 
 _Project = Annotated[
     str,
@@ -373,7 +376,7 @@ def status(as_json: _Json = False) -> None:
         return
     for p in projects:
         card = cards[p.id].get(p.live_version or "")
-        quality = f", {_quality(card)}" if card else ""
+        quality = f", AP50 {_quality(card)}" if card else ""
         _out.print(f"[bold]{escape(p.title or 'project')}[/] ({p.key})", highlight=False)
         _out.print(f"  live: {escape(p.version)}{quality}", highlight=False)
         if summary := audits[p.id]:
@@ -403,7 +406,7 @@ def versions(project: _Project, as_json: _Json = False) -> None:
             ]
         )
         return
-    table = Table("version", "state", "tasks", "AP50", "reason")
+    table = Table(Column("version", overflow="fold"), "state", "tasks", "AP50", "reason")
     for v in rows:
         cells = (v.name, v.state, str(v.card["data"]["tasks"]), _quality(v.card), v.reason)
         table.add_row(*map(escape, cells))
@@ -476,20 +479,32 @@ def simulate(
     ML_BACKEND_TRAIN_THREADS says otherwise.
     """
     settings = _settings()
+    _checked_device(settings)
+    from ml_backend.learning.chart import check_picture, draw_campaigns
     from ml_backend.learning.datasets import DatasetError, read_dataset
-    from ml_backend.learning.simulation_report import Plan, as_dict, run, summary_table
+    from ml_backend.learning.simulation_report import (
+        Plan,
+        as_dict,
+        curves,
+        run,
+        summary_table,
+        usable,
+    )
 
     try:
         plan = Plan(
             strategies=tuple(strategies.split(",")),
-            seeds=tuple(int(seed) for seed in seeds.split(",")),
-            prices=tuple(float(price) for price in prices.split(",")),
+            seeds=_numbers("seeds", seeds, int),
+            prices=_numbers("prices", prices, float),
             story=story,
             stop_after=stop_after,
         )
+        check_picture(picture)
     except ValueError as error:
         _say_wrong("option", error)
         raise typer.Exit(2) from None
+    campaigns = []
+    interrupted = False
     try:
         data = read_dataset(dataset)
         with Progress(console=_err) as progress:
@@ -498,22 +513,39 @@ def simulate(
             def tell(fraction: float, words: str) -> None:
                 progress.update(bar, completed=fraction, description=escape(words))
 
-            campaigns = run(plan, settings, data, tell)
+            data = usable(data, settings, tell)
+            for campaign in run(plan, settings, data, tell):
+                campaigns.append(campaign)
     except DatasetError as error:
         raise _fail(str(error)) from None
-    from ml_backend.learning.chart import draw_campaigns
-
+    except KeyboardInterrupt:
+        interrupted = True
+        _err.print(f"interrupted: {len(campaigns)} campaigns are done", highlight=False)
+        if not campaigns:
+            raise typer.Exit(130) from None
+    if as_json:
+        _print_json(as_dict(plan, settings, data, campaigns))
+    else:
+        for reason, count in data.left_out.items():
+            _err.print(f"left out: {count} × {escape(reason)}", soft_wrap=True, highlight=False)
+        _out.print(summary_table(plan, campaigns))
+        for line in curves(campaigns):
+            _out.print(escape(line), soft_wrap=True, highlight=False)
     try:
         draw_campaigns(campaigns, f"{dataset.name}: {len(data.samples)} images", picture)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise _fail(f"the picture {picture} cannot be written: {error}") from None
-    if as_json:
-        _print_json(as_dict(plan, data, campaigns))
-        return
-    for reason, count in data.left_out.items():
-        _err.print(f"left out: {count} × {escape(reason)}", soft_wrap=True, highlight=False)
-    _out.print(summary_table(plan, campaigns))
-    _out.print(f"The curves are in {escape(str(picture))}.")
+    if not as_json:
+        _out.print(f"The curves are in {escape(str(picture))}.", soft_wrap=True)
+    if interrupted:
+        raise typer.Exit(130)
+
+
+def _numbers(option: str, text: str, kind: type[_Number]) -> tuple[_Number, ...]:
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{option}: {text!r} must be numbers with commas between them") from None
 
 
 def _backend() -> tuple[Settings, Any]:
@@ -539,8 +571,16 @@ def _find(backend: Any, name: str) -> Project:
 def _wait(backend: Any, job_id: int) -> Job:
     with Progress(console=_err) as progress:
         bar = progress.add_task("waiting", total=1.0)
+        begun, told = time.monotonic(), False
         while True:
             job: Job = backend.jobs.get(job_id)
+            if job.state == "queued" and not told and time.monotonic() > begun + _NOBODY:
+                told = True
+                progress.console.print(
+                    "no worker has taken it yet: does `ml-backend serve` or `ml-backend worker` "
+                    "run on this MODEL_DIR?",
+                    soft_wrap=True,
+                )
             progress.update(bar, completed=job.progress, description=escape(job.reason[:70]))
             if job.state in {"done", "failed", "refused"}:
                 return job
@@ -577,7 +617,7 @@ def _worth(
 def _quality(card: dict[str, Any]) -> str:
     metrics = card["metrics"]
     interval = metrics["map50_interval"]
-    return f"AP50 {metrics['map50']:.2f} ({interval['low']:.2f} to {interval['high']:.2f})"
+    return f"{metrics['map50']:.2f} ({interval['low']:.2f} to {interval['high']:.2f})"
 
 
 def _gunicorn_config() -> Path:

@@ -133,6 +133,16 @@ def test_copies_give_way_even_where_tasks_come_one_at_a_time() -> None:
     assert scores[4] > scores[0] + 0.2
 
 
+def test_copies_give_way_before_anything_was_learned() -> None:
+    """As COCO's detector, which serves until the first training, finds them."""
+    clip = _looks()
+    copies = [_found(0.5, embedding=clip) for _ in range(100)]
+    others = [_found(0.35, embedding=_looks()) for _ in range(20)]
+    scores = Diverse(Reference.unknown(2)).score(list(range(120)), [*copies, *others])
+    first = sorted(range(120), key=lambda i: scores[i])[:21]
+    assert sum(i < 100 for i in first) == 1
+
+
 def test_what_resembles_the_learned_comes_after_what_does_not() -> None:
     known, new = scores = Diverse(REFERENCE).score(
         [1, 2],

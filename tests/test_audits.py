@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ from ml_backend.demo.label_studio_server import LabelStudioServer, free_port
 from ml_backend.demo.project import LABEL_CONFIG, create_project
 from ml_backend.demo.shapes import generate
 from ml_backend.label_studio.client import LabelStudioClient
+from ml_backend.label_studio.label_config import parse_label_config
 from ml_backend.learning.audits import AWAY, Boxes
 from ml_backend.learning.blind import is_blind
+from ml_backend.learning.dataset import build_dataset
 from ml_backend.learning.promotion import Verdict
 from ml_backend.learning.reconcile import reconcile
 from ml_backend.settings import load_settings
@@ -129,6 +132,23 @@ class Site:
         """Stores what Label Studio holds, and counts it as the worker does."""
         self.read_back()
         assert self.backend.audits.update(self.row) is None
+
+    def learned(self) -> list[int]:
+        """The tasks that a training would learn from."""
+        with self.backend.database.reading() as session:
+            project = session.get_one(Project, self.row)
+        with TemporaryDirectory() as folder:
+            dataset = build_dataset(
+                project,
+                parse_label_config(project.label_config),
+                self.backend.database,
+                self.backend.label_studios.images(project),
+                Path(folder),
+                max_pixels=10**6,
+                random_share=0.1,
+                on_progress=lambda fraction, words: None,
+            )
+        return sorted(dataset.task_of.values())
 
     def audit(self, annotation: int) -> Audit | None:
         """The audit of an annotation."""
@@ -260,6 +280,33 @@ def test_predictions_accepted_in_bulk(label_studio: LabelStudioServer, tmp_path:
     # Nobody's time was taken, so none is said to be saved.
     assert summary.ours.hours_saved is None
     assert len(summary.in_words()) == 1
+    # Nobody has seen that the first one is empty: it is not learned. What people say is empty, is.
+    assert site.learned() == site.tasks[1:]
+    empty = site.predict(site.tasks[0], [])
+    site.annotate(site.tasks[0], [], parent_prediction=empty, lead_time=4.0)
+    site.count()
+    assert site.learned() == site.tasks
+
+
+def test_the_time_before_the_first_version_counts_though_tasks_were_chosen_by_then(
+    label_studio: LabelStudioServer, tmp_path: Path
+) -> None:
+    site = Site(label_studio, tmp_path, 6)
+    drawn = [box("a", origin="manual"), box("b", origin="manual")]
+    # As Label Studio's page sends it: a task that was chosen holds a prediction without boxes.
+    for task in site.tasks[:5]:
+        asked = site.predict(task, [], "untrained")
+        site.annotate(task, drawn, parent_prediction=asked, lead_time=34.6)
+    site.make_version("v1")
+    shown = site.predict(site.tasks[5], drawn)
+    site.annotate(site.tasks[5], drawn, parent_prediction=shown, lead_time=4.6)
+    site.count()
+    summary = site.backend.audits.summary(site.row)
+    assert summary is not None
+    assert summary.early is not None
+    assert (summary.early.annotations, summary.early.mean) == (5, 34.6)
+    assert summary.ours.hours_saved == pytest.approx(30.0 / 3600)
+    assert "5 of them from before the first version" in summary.against
 
 
 def test_a_rectangle_and_its_label_are_one_box(
@@ -433,5 +480,5 @@ def test_the_worker_counts_and_the_doors_show_it(
     assert f'ml_backend_audited_boxes{{outcome="deleted",{mark},version="v1"}} 2.0' in metrics, (
         metrics
     )
-    assert f"ml_backend_hours_saved{{{mark}}} 0.00405" in metrics
-    assert f'ml_backend_lead_time_seconds{{began="boxes",{mark}}} 10.0' in metrics
+    assert f'ml_backend_hours_saved{{{mark},version="v1"}} 0.00405' in metrics
+    assert f'ml_backend_lead_time_seconds{{began="boxes",{mark},version="v1"}} 10.0' in metrics

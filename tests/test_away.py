@@ -6,6 +6,7 @@ import os
 import select
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -25,7 +26,12 @@ from ml_backend.detection.detector import Detector
 from ml_backend.detection.zoo import preset_named
 from ml_backend.http.app import create_app
 from ml_backend.label_studio import client as client_module
-from ml_backend.label_studio.client import LabelStudioClient, Unauthorized, Unreachable
+from ml_backend.label_studio.client import (
+    LabelStudioClient,
+    Passing,
+    Unauthorized,
+    Unreachable,
+)
 from ml_backend.learning.doctor import Doctor, Finding
 from ml_backend.learning.reconcile import reconcile
 from ml_backend.learning.supervisor import REFUSED
@@ -67,7 +73,7 @@ class Proxy:
         self.become("through")
 
     def become(self, how: str) -> None:
-        """From now on it is `through`, `refused`, `silent`, or one of `ANSWERS`."""
+        """From now on it is `through`, `refused`, `silent`, `drip`, or one of `ANSWERS`."""
         self._how = how
         if self._listener is not None:
             with suppress(OSError):
@@ -98,6 +104,12 @@ class Proxy:
             elif self._how == "silent":
                 while connection.recv(65536):
                     """Takes all there is, and says nothing."""
+            elif self._how == "drip":
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+                while True:
+                    connection.sendall(b"x")
+                    time.sleep(0.1)
             else:
                 connection.recv(65536)
                 status, kind, body = ANSWERS[self._how]
@@ -291,6 +303,19 @@ def test_a_silent_one_costs_a_thread_once(proxy: Proxy, monkeypatch: pytest.Monk
     for _ in range(2):
         with pytest.raises(Unauthorized):
             client.whoami()
+
+
+def test_one_that_answers_a_byte_at_a_time_is_given_up(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "_TIMEOUT", (1, 1))
+    client = LabelStudioClient(proxy.url, "0" * 40)
+    proxy.become("drip")
+    begun = time.monotonic()
+    with pytest.raises(Passing):
+        client.whoami()
+    # Twice its timeout, and a moment.
+    assert time.monotonic() - begun < 8
 
 
 def test_a_page_instead_of_an_image_is_not_kept(

@@ -391,6 +391,14 @@ def test_a_json_file_of_another_kind_is_refused(tmp_path: Path) -> None:
         read_dataset(tmp_path / "other.json")
 
 
+def test_a_broken_file_beside_a_data_set_is_counted(tmp_path: Path) -> None:
+    write_yolo(tmp_path, FIVE)
+    (tmp_path / "package.json").write_text("{ not json")
+    found = read_dataset(tmp_path, lambda _: None)
+    assert len(found.samples) == len(FIVE)
+    assert found.left_out["the file is no valid JSON"] == 1
+
+
 def test_images_are_not_decoded(tmp_path: Path) -> None:
     """Of a file that ends after its head the size is known all the same."""
     write_yolo(tmp_path, FIVE)

@@ -319,6 +319,20 @@ def test_what_was_missed_is_read_back_and_what_is_known_is_not_counted_again(sto
     assert store.project().revision == 2
 
 
+def test_what_the_api_shows_is_later_than_a_clock_that_was_ahead(store: Store) -> None:
+    store.hear(_created(1, minute=400_000, width=11))
+    store.hear(_updated(1, minute=5, width=22))
+    assert _width(store.annotation(1)) == 11
+    shown = _shown(_updated(1, minute=5, width=22))
+    assert store.ingest.read_back(store.project().id, *shown, asked_at=now()) == 1
+    assert _width(store.annotation(1)) == 22
+    # What arrived after the API was asked stands.
+    asked_at = now()
+    store.hear(_updated(1, minute=6, width=33))
+    assert store.ingest.read_back(store.project().id, *shown, asked_at=asked_at) == 0
+    assert _width(store.annotation(1)) == 33
+
+
 def test_reading_back_does_not_revive_what_was_deleted_meanwhile(store: Store) -> None:
     store.hear(_created(1))
     shown = _shown(_created(1))

@@ -15,13 +15,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+from ml_backend.cli import app
 from ml_backend.demo.shapes import SHAPES, generate
 from ml_backend.detection.detector import Detector
 from ml_backend.detection.training import train
 from ml_backend.detection.types import Sample
 from ml_backend.detection.zoo import PRESETS
-from ml_backend.learning.simulation import Simulation
+from ml_backend.learning.simulation import Campaign, Simulation
 from ml_backend.settings import load_settings
 from tests.conftest import ROOT
 
@@ -84,18 +86,20 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model.safetensors"
 
 
-def _simulate(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    environ = {
-        **os.environ,
+def _environ(**settings: str) -> dict[str, str]:
+    return {
         "PYTHONPATH": str(ROOT),
         "ML_BACKEND_PRESET": SMALL.name,
         "ML_BACKEND_DEVICE": "cpu",
         "ML_BACKEND_TRAIN_GROWTH": "2",
         **settings,
     }
+
+
+def _simulate(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "ml_backend.cli", "simulate", *arguments],
-        env=environ,
+        env={**os.environ, **_environ(**settings)},
         capture_output=True,
         text=True,
         timeout=500,
@@ -141,6 +145,55 @@ def test_wrong_words_are_answered_in_words(tmp_path: Path) -> None:
     assert missing.returncode == 1
     assert str(tmp_path) in missing.stderr
     assert "Traceback" not in missing.stderr
+
+
+def test_what_is_wrong_is_said_before_anything_is_trained(tmp_path: Path) -> None:
+    _as_coco(tmp_path, _samples(tmp_path, 12, seed=3))
+    for option, value, words in (
+        ("--picture", str(tmp_path / "curves.xyz"), "must end in one of"),
+        ("--picture", str(tmp_path / "nowhere" / "curves.png"), "cannot be written"),
+        ("--seeds", "a", "seeds: 'a' must be numbers"),
+        ("--seeds", "0,0", "seeds: each once"),
+        ("--prices", "1,2,3,4,5", "prices: 1 to 4"),
+    ):
+        wrong = _simulate(str(tmp_path), option, value, ML_BACKEND_WEIGHTS="none")
+        assert (wrong.returncode, words in wrong.stderr) == (2, True), wrong.stderr
+    few = _simulate(str(tmp_path), ML_BACKEND_WEIGHTS="none", ML_BACKEND_TRAIN_MIN="12")
+    assert (few.returncode, "12 images" in few.stderr) == (1, True), few.stderr
+    device = _simulate(str(tmp_path), ML_BACKEND_WEIGHTS="none", ML_BACKEND_DEVICE="cuda:9")
+    assert device.returncode == 1, device.stderr
+    assert "Traceback" not in device.stderr
+
+
+def test_a_damaged_image_is_left_out_and_what_is_done_outlasts_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = _samples(tmp_path, 31, seed=3)
+    _as_coco(tmp_path, samples)
+    assert isinstance(samples[4].image, Path)
+    content = samples[4].image.read_bytes()
+    samples[4].image.write_bytes(content[: len(content) // 2])
+    loop = Simulation.loop
+
+    def interrupted(self: Simulation, strategy: str, *args: Any, **kwargs: Any) -> Campaign:
+        if strategy == "diverse":
+            # Somebody presses Ctrl-C.
+            raise KeyboardInterrupt
+        return loop(self, strategy, *args, **kwargs)
+
+    monkeypatch.setattr(Simulation, "loop", interrupted)
+    for name, value in _environ(ML_BACKEND_WEIGHTS="none", ML_BACKEND_TRAIN_MIN="25").items():
+        monkeypatch.setenv(name, value)
+    picture = tmp_path / "curves.png"
+    arguments = ["--strategies", "random,diverse", "--picture", str(picture), "--json"]
+    done = CliRunner().invoke(app, ["simulate", str(tmp_path), *arguments])
+    assert done.exit_code == 130, done.output
+    report = json.loads(done.stdout)
+    assert [(c["name"], len(c["rounds"])) for c in report["campaigns"]] == [("random", 1)]
+    assert report["images"] == 30
+    assert report["left_out"] == {"the image cannot be decoded": 1}
+    assert report["plan"]["seeds"] == [0]
+    assert picture.exists()
 
 
 def _never_trained(samples: Sequence[Sample], labels: Sequence[str] = LABELS) -> Simulation:

@@ -91,12 +91,14 @@ class _FromDatabase:
             labels=["project", "version", "outcome"],
         )
         hours = GaugeMetricFamily(
-            "ml_backend_hours_saved", "Hours that predictions saved, estimated", labels=["project"]
+            "ml_backend_hours_saved",
+            "Hours that predictions saved, estimated",
+            labels=["project", "version"],
         )
         seconds = GaugeMetricFamily(
             "ml_backend_lead_time_seconds",
             "Median time of an annotation: with boxes, of blind tasks, or before the first version",
-            labels=["project", "began"],
+            labels=["project", "version", "began"],
         )
         for number, key in projects:
             summary = self._audits.summary(number)
@@ -105,15 +107,13 @@ class _FromDatabase:
             for version, outcome in summary.versions.items():
                 for name, count in asdict(outcome.boxes).items():
                     boxes.add_metric([key, version, name], count)
-            if summary.ours.hours_saved is not None:
-                hours.add_metric([key], summary.ours.hours_saved)
-            for began, pace in (
-                ("boxes", summary.ours.pace),
-                ("blind", summary.blind),
-                ("early", summary.early),
-            ):
+                if outcome.hours_saved is not None:
+                    hours.add_metric([key, version], outcome.hours_saved)
+                if outcome.pace is not None:
+                    seconds.add_metric([key, version, "boxes"], outcome.pace.median)
+            for began, pace in (("blind", summary.blind), ("early", summary.early)):
                 if pace is not None:
-                    seconds.add_metric([key, began], pace.median)
+                    seconds.add_metric([key, "", began], pace.median)
         yield from (boxes, hours, seconds)
 
 

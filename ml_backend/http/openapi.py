@@ -136,9 +136,9 @@ def _operation(
     summary: str, answers: dict[int, Schema], body: type[BaseModel] | str | None = None
 ) -> Schema:
     """What a path answers, and takes: a model's JSON, or that of a schema above."""
-    errors = [400, 413] if body is not None else []
+    errors = [400, 403, 413] if body is not None else []
     if summary != _HEALTH:
-        errors.append(401)
+        errors += [401, 503]
     told = {
         **{str(status): _answer(schema, of=status) for status, schema in answers.items()},
         **{str(status): _answer(_ref("Error"), of=status) for status in errors},

@@ -151,7 +151,8 @@ def parse_project_key(text: str) -> ProjectKey:
     found = re.fullmatch(r"([0-9]{1,18})(\.[0-9]{1,18})?", text)
     if found is None:
         raise InvalidEvent(
-            f"project: {text[:40]!r} must be Label Studio's id and creation time, 1.1795463889"
+            f"project: {text[:40]!r} must be a project's number (1), or its key, which ends in "
+            "Label Studio's time of its creation (1.1795463889)"
         )
     return ProjectKey(text, int(found[1]))
 

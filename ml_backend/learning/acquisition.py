@@ -147,6 +147,9 @@ class Strategy(Protocol):
 class Diverse:
     """Uncertain images that differ from what was learned, and from each other.
 
+    What was scored before is remembered by the process: of look-alikes that two processes score,
+    as after one was killed, each has a first one.
+
     Args:
         reference: what the version knows.
     """
@@ -166,7 +169,7 @@ class Diverse:
         self._lock = threading.Lock()
         self._scored: dict[int, int] = {}
         self._task_in: dict[int, int] = {}
-        self._rows = np.zeros((0, learned.shape[1]), np.float32)
+        self._rows = np.zeros((0, 0), np.float32)
         self._next = 0
 
     def score(self, tasks: Sequence[int | None], found: Sequence[Detections]) -> list[float]:
@@ -178,26 +181,25 @@ class Diverse:
         for i in np.argsort(-doubts, kind="stable").tolist():
             priority = (1 - NOVELTY) * place[i] + NOVELTY * 0.5
             embedding = found[i].embedding
-            if embedding is not None and self._centre is not None:
+            if embedding is not None:
                 row = self._centred(embedding[None])[0]
-                nearest = float((self._learned @ row).max())
-                novelty = 1 - _share_below(np.array([nearest]), self._nearest, -1.0, 1.0)[0]
-                priority += NOVELTY * (novelty - 0.5)
+                if self._centre is not None:
+                    nearest = float((self._learned @ row).max())
+                    novelty = 1 - _share_below(np.array([nearest]), self._nearest, -1.0, 1.0)[0]
+                    priority += NOVELTY * (novelty - 0.5)
                 priority /= 1 + self._lookalikes(tasks[i], row)
             scores[i] = 1 - priority
         return [float(s) for s in np.clip(scores, 0.0, 1.0)]
 
     def _centred(self, embeddings: FloatArray) -> FloatArray:
-        if self._centre is None:
-            return embeddings
-        moved = embeddings - self._centre
+        moved = embeddings if self._centre is None else embeddings - self._centre
         length = np.maximum(np.linalg.norm(moved, axis=1, keepdims=True), 1e-9)
         return np.asarray(moved / length, np.float32)
 
     def _lookalikes(self, task: int | None, row: FloatArray) -> float:
         """How many look-alikes were scored before, each counted by how alike it is."""
         with self._lock:
-            similar = self._rows @ row
+            similar = self._rows @ row if len(self._rows) else np.zeros(0, np.float32)
             own = self._scored.get(task) if task is not None else None
             if own is not None:
                 similar[own] = -1.0
@@ -209,7 +211,8 @@ class Diverse:
     def _remember(self, task: int | None, row: FloatArray) -> None:
         if len(self._rows) == self._next and len(self._rows) < MEMORY:
             grown = np.zeros((min(MEMORY, 2 * len(self._rows) + 256), len(row)), np.float32)
-            grown[: len(self._rows)] = self._rows
+            if len(self._rows):
+                grown[: len(self._rows)] = self._rows
             self._rows = grown
         at = self._next % MEMORY
         self._next = at + 1

@@ -33,7 +33,7 @@ from ml_backend.learning.blind import is_blind
 from ml_backend.learning.label_studios import LabelStudios
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
-from ml_backend.store.tables import PRETRAINED, Annotation, Audit, ModelVersion, Project
+from ml_backend.store.tables import PRETRAINED, UNTRAINED, Annotation, Audit, ModelVersion, Project
 
 _log = logging.getLogger(__name__)
 
@@ -520,8 +520,8 @@ def _unaided(row: _Timed, first: datetime | None) -> bool:
     Later ones that began with nothing may differ from the others in more than that.
     """
     return (
-        row.version is None
-        and row.parent_prediction is None
+        # Before the first version a task may hold a prediction without boxes, which asks for it.
+        (row.version == UNTRAINED or (row.version is None and row.parent_prediction is None))
         and row.boxes.predicted == 0
         and row.created_at is not None
         and (first is None or row.created_at < first)
@@ -544,7 +544,10 @@ def _baseline(blind: Sequence[_Timed], early: Sequence[_Timed], settings: Settin
     """
     for rows, what in (
         (blind, "tasks that are kept without boxes"),
-        ([*blind, *early], "tasks without boxes, from before the first version among them"),
+        (
+            [*blind, *early],
+            f"tasks without boxes, {len(early)} of them from before the first version",
+        ),
     ):
         stated = sum(_by_hand(row.boxes.final, settings) for row in rows)
         if len(rows) >= ENOUGH and stated > 0:
@@ -557,8 +560,8 @@ def _baseline(blind: Sequence[_Timed], early: Sequence[_Timed], settings: Settin
     return _Baseline(
         1.0,
         f"reckoned with the stated costs ({settings.cost_look:g} s an image and "
-        f"{settings.cost_draw:g} s a box), since fewer than {ENOUGH} annotations were made "
-        "without boxes",
+        f"{settings.cost_draw:g} s a box), since fewer than {ENOUGH} annotations whose time is "
+        "known were made without boxes",
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+from ml_backend.learning.acquisition import chance
 
 
 def is_blind(task_id: int, share: float) -> bool:
@@ -14,5 +14,4 @@ def is_blind(task_id: int, share: float) -> bool:
         task_id: Label Studio's id.
         share: of all tasks, in `[0, 1]`.
     """
-    mark = hashlib.sha256(f"blind:{task_id}".encode()).digest()
-    return int.from_bytes(mark[:8]) < share * 2**64
+    return chance(f"blind:{task_id}") < share

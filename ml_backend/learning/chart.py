@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from ml_backend.learning.simulation import Campaign
+
+
+def check_picture(file: Path) -> None:
+    """Whether a picture can be written there, before there is one.
+
+    Raises:
+        ValueError: its ending is not that of a picture, or its folder cannot be written into.
+    """
+    kinds = Figure().canvas.get_supported_filetypes()
+    if file.suffix[1:].lower() not in kinds:
+        raise ValueError(f"picture: {file} must end in one of {', '.join(sorted(kinds))}")
+    if not (file.parent.is_dir() and os.access(file.parent, os.W_OK)) or file.is_dir():
+        raise ValueError(f"picture: {file} cannot be written: name a file in a folder of yours")
 
 
 def draw_campaigns(campaigns: Sequence[Campaign], title: str, file: Path) -> None:

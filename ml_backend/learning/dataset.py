@@ -18,7 +18,8 @@ from typing import cast
 from urllib.parse import quote
 
 import numpy as np
-from sqlalchemy import bindparam, select, update
+from sqlalchemy import String, bindparam, or_, select, update
+from sqlalchemy import cast as sql_cast
 
 from ml_backend.detection.decoding import UndecodableImage, decode_image
 from ml_backend.detection.types import Sample
@@ -35,6 +36,14 @@ _log = logging.getLogger(__name__)
 FETCHERS = 8
 
 _OF_TASK = (Task.project_id == Annotation.project_id) & (Task.label_studio_id == Annotation.task_id)
+
+_LOOKED_AT = or_(
+    Annotation.lead_time.is_not(None),
+    Annotation.parent_prediction.is_(None),
+    sql_cast(Annotation.result, String) != "[]",
+)
+"""Not a prediction without boxes that was accepted in bulk: it would teach that nothing is there,
+of tasks that are shown without boxes on purpose, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +187,7 @@ def _chosen(database: Database, project_id: int) -> tuple[list[int], int]:
                 Task.deleted_at.is_(None),
                 Annotation.deleted_at.is_(None),
                 Annotation.was_cancelled.is_(False),
+                _LOOKED_AT,
             )
             .order_by(Task.label_studio_id, Annotation.ground_truth, Annotation.updated_at)
         )

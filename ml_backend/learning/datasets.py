@@ -270,8 +270,13 @@ def _annotated(path: Path, files: _Files, heard: _Heard) -> _Found:
     coco: list[tuple[PurePosixPath, dict[str, Any]]] = []
     tasks: list[Any] = []
     shortened: Path | None = None
+    unreadable: list[tuple[PurePosixPath, DatasetError]] = []
     for file in _json_files(path, files):
-        content = _read_json(files.root / file)
+        try:
+            content = _read_json(files.root / file)
+        except DatasetError as error:
+            unreadable.append((file, error))
+            continue
         if isinstance(content, dict) and all(
             isinstance(content.get(key), list) for key in ("images", "annotations", "categories")
         ):
@@ -280,10 +285,19 @@ def _annotated(path: Path, files: _Files, heard: _Heard) -> _Found:
             tasks += content
         elif _holds(content, "annotation_id"):
             shortened = files.root / file
+    found: _Found | None = None
     if coco:
-        return _coco(coco, files, heard)
-    if tasks:
-        return _label_studio(tasks, files, heard)
+        found = _coco(coco, files, heard)
+    elif tasks:
+        found = _label_studio(tasks, files, heard)
+    elif shortened is None and path.is_dir():
+        found = _yolo(files, heard) or _voc(files, heard)
+    if found is not None:
+        for file, _ in unreadable:
+            heard.leave_out("the file is no valid JSON", file)
+        return found
+    if unreadable:
+        raise unreadable[0][1]
     if shortened is not None:
         raise DatasetError(
             f"{shortened} is an export as JSON-MIN, which does not tell one control's boxes from "
@@ -294,14 +308,11 @@ def _annotated(path: Path, files: _Files, heard: _Heard) -> _Found:
             f"{path} is neither COCO (images, annotations and categories) nor an export of Label "
             "Studio as JSON (a list of tasks with data and annotations): export it as one of them"
         )
-    found = _yolo(files, heard) or _voc(files, heard)
-    if found is None:
-        raise DatasetError(
-            f"{path} holds no data set: looked for a JSON file (COCO, or a Label Studio export), "
-            "data.yaml or classes.txt with labels (YOLO), and XML files (Pascal VOC); give the "
-            "folder that holds them"
-        )
-    return found
+    raise DatasetError(
+        f"{path} holds no data set: looked for a JSON file (COCO, or a Label Studio export), "
+        "data.yaml or classes.txt with labels (YOLO), and XML files (Pascal VOC); give the "
+        "folder that holds them"
+    )
 
 
 def _nothing_usable(path: Path, images: int, heard: _Heard) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import func, or_, select, update
+from sqlalchemy import false, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from ml_backend.label_studio.events import (
@@ -140,7 +140,7 @@ class Ingest:
             _revive(session, row, Task, (t.id for t in tasks), asked_at)
             _revive(session, row, Annotation, (a.id for a in annotations), asked_at)
             self._tasks(session, row, tasks)
-            changed = self._annotations(session, row, annotations)
+            changed = self._annotations(session, row, annotations, asked_at)
             seen = {a.id for a in annotations}.union(unreadable)
             gone: list[int] = []
             for numbers in in_chunks(t.id for t in tasks):
@@ -206,7 +206,11 @@ class Ingest:
             )
 
     def _annotations(
-        self, session: Session, project: Project, annotations: Iterable[AnnotationInfo]
+        self,
+        session: Session,
+        project: Project,
+        annotations: Iterable[AnnotationInfo],
+        asked_at: datetime | None = None,
     ) -> int:
         latest: dict[int, AnnotationInfo] = {}
         for annotation in annotations:
@@ -244,6 +248,12 @@ class Ingest:
                     & or_(
                         Annotation.updated_at.is_(None),
                         new.updated_at > Annotation.updated_at,
+                        # Label Studio's clock was ahead once: what it shows now is later, all the
+                        # same, than what had arrived before it was asked.
+                        (Annotation.received_at < asked_at)
+                        & (new.updated_at != Annotation.updated_at)
+                        if asked_at is not None
+                        else false(),
                     ),
                 ).returning(Annotation.id),
                 chunk,
