@@ -38,7 +38,11 @@ class DeadlineAdapter(HTTPAdapter):
 
     @contextmanager
     def within(self, seconds: float) -> Iterator[None]:
-        """What is asked for in here has ended by then, if need be with an error of requests."""
+        """What is asked for in here has ended by then.
+
+        Raises:
+            requests.Timeout: it had not. A head that is cut off reads like a whole one.
+        """
         timer = threading.Timer(seconds, self._cut)
         timer.daemon = True
         self._within, self._over = True, False
@@ -48,11 +52,14 @@ class DeadlineAdapter(HTTPAdapter):
         finally:
             timer.cancel()
             with self._lock:
+                over = self._over
                 self._within = self._over = False
                 for handle in self._closed:
                     handle.close()
                 self._open -= self._closed
                 self._closed.clear()
+        if over:
+            raise requests.Timeout(f"it took longer than {seconds:g} s")
 
     def connect(self, scheme: str, connection: HTTPConnection) -> socket.socket | None:
         """Connects as urllib3 does where None; for subclasses that decide whereto.

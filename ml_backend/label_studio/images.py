@@ -250,8 +250,11 @@ class ImageSource:
 
     def _download(self, url: str) -> bytes:
         deadline = time.monotonic() + self._timeout
-        with self._adapter.within(self._timeout):
-            return self._follow(url, deadline)
+        try:
+            with self._adapter.within(self._timeout):
+                return self._follow(url, deadline)
+        except requests.Timeout as error:
+            raise self._too_slow(url) from error
 
     def _follow(self, url: str, deadline: float) -> bytes:
         address, redirects, refreshed = url, 0, False
@@ -281,9 +284,6 @@ class ImageSource:
                             self._refused(address, response.status_code, authorised)
                         )
                     content = self._read(address, response, deadline)
-                    # A head that was cut off reads like a whole one, with nothing behind it.
-                    if time.monotonic() > deadline:
-                        raise self._too_slow(address)
                     if content.lstrip()[:1] == b"<":
                         # A login, or a proxy's word that the site is down; it must not be cached.
                         raise ImageUnavailable(
