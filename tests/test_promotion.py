@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 
-from ml_backend.detection.evaluation import ClassChange, Comparison, Evaluation
+from ml_backend.detection.evaluation import ClassChange, ClassQuality, Comparison, Evaluation
 from ml_backend.learning.ingest import Ingest
 from ml_backend.learning.promotion import (
     BAD_FALL,
     ENOUGH_BOXES,
     FINDS_SOMETHING,
     TIE,
+    TIE_WITH_MORE,
     Verdict,
     Versions,
     counts_of,
@@ -33,6 +35,12 @@ WORSE = Verdict(False, "not promoted: worse")
 
 def _evaluation(map50: float) -> Evaluation:
     return Evaluation(map50=map50, map=map50 / 2, per_class={}, images=30)
+
+
+def _knowing(ap50: float | None) -> Evaluation:
+    """An evaluation of a version that knows one label more."""
+    quality = ClassQuality(ap50, ap50, recall=0.5, support=9, images=4)
+    return replace(_evaluation(0.6), per_class={"new": quality})
 
 
 def _comparison(delta: float, **classes: tuple[float, int]) -> Comparison:
@@ -72,6 +80,22 @@ def test_a_gain_at_the_cost_of_a_class_is_not_promoted() -> None:
     assert not verdict.promote
     assert "dog falls by 0.16 AP50 against v1" in verdict.reason
     assert "the mean changes by +0.100" in verdict.reason
+
+
+def test_a_version_that_finds_one_label_more_may_be_a_little_behind() -> None:
+    behind = _comparison(-TIE - 0.001)
+    verdict = judge(_knowing(0.4), behind, "v1", ["new"])
+    assert verdict.promote
+    assert verdict.reason == (
+        "promoted: finds new (AP50 0.40), which v1 does not know, and is little behind on the "
+        "others, AP50 -0.006 (90 % interval -0.026 to +0.014)"
+    )
+    # Where it does not find it, or is more than a little behind, nothing is gained.
+    assert not judge(_knowing(FINDS_SOMETHING - 0.01), behind, "v1", ["new"]).promote
+    assert not judge(_knowing(None), behind, "v1", ["new"]).promote
+    assert not judge(_knowing(0.4), _comparison(-TIE_WITH_MORE - 0.001), "v1", ["new"]).promote
+    fallen = _comparison(0.0, dog=(-BAD_FALL - 0.01, ENOUGH_BOXES))
+    assert not judge(_knowing(0.4), fallen, "v1", ["new"]).promote
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,16 @@ class Teacher:
             interval=bootstrap_interval(predictions, measured.samples, labels, seed=0),
             comparison=comparison,
             agreement=agrees,
-            verdict=judge(evaluation, comparison, live.name if live is not None else None),
+            verdict=judge(
+                evaluation,
+                comparison,
+                live.name if live is not None else None,
+                [
+                    label
+                    for label in detector.thresholds
+                    if live is not None and label not in live.detector.thresholds
+                ],
+            ),
             reference=self._reference(dataset, detector, predictions, evaluation),
             warm=start is not None,
         )

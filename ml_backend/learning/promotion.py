@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,9 @@ _log = logging.getLogger(__name__)
 
 TIE = 0.005
 """Mean AP50 by which a version may be behind and count as not worse: half a point is noise."""
+TIE_WITH_MORE = 0.02
+"""The same for one that finds a label that the live version does not know: the images from before
+lack its boxes, which costs the others a little, and people wait for the label."""
 BAD_FALL = 0.15
 """AP50 that no class with enough boxes may lose."""
 ENOUGH_BOXES = 20
@@ -41,6 +44,7 @@ def judge(
     evaluation: Evaluation,
     comparison: Comparison | None,
     live: str | None,
+    added: Sequence[str] = (),
 ) -> Verdict:
     """Decides on a new version.
 
@@ -49,6 +53,7 @@ def judge(
         comparison: new minus live, paired over the same images, in the mean over the labels that
             the live one knows; None where nothing is live.
         live: name of the live version.
+        added: labels that the live version does not know.
     """
     score = evaluation.map50
     if comparison is None or live is None:
@@ -60,7 +65,12 @@ def judge(
     interval = (
         f"{comparison.delta:+.3f} (90 % interval {comparison.low:+.3f} to {comparison.high:+.3f})"
     )
-    if comparison.delta < -TIE:
+    found = [
+        f"{label} (AP50 {ap50:.2f})"
+        for label in added
+        if (ap50 := evaluation.per_class[label].ap50 or 0.0) >= FINDS_SOMETHING
+    ]
+    if comparison.delta < -(TIE_WITH_MORE if found else TIE):
         return Verdict(False, f"not promoted: worse than {live} by AP50 {interval}")
     for label, change in comparison.per_class.items():
         if change.support >= ENOUGH_BOXES and change.delta < -BAD_FALL:
@@ -69,6 +79,12 @@ def judge(
                 f"not promoted: {label} falls by {-change.delta:.2f} AP50 against {live}, "
                 f"though the mean changes by {interval}",
             )
+    if found and comparison.delta < -TIE:
+        return Verdict(
+            True,
+            f"promoted: finds {', '.join(found)}, which {live} does not know, and is little behind "
+            f"on the others, AP50 {interval}",
+        )
     return Verdict(True, f"promoted: not worse than {live}, AP50 {interval}")
 
 

@@ -44,6 +44,7 @@ def main(
         settings = settings.model_copy(update={"train_threads": os.cpu_count()})
     others = tuple(name for name in data.labels if name != label)
     last: dict[str, Round] = {}
+    reasons: dict[str, str] = {}
     for name, labels, samples, late in (
         ("added half-way", data.labels, list(data.samples), {label: images // 2}),
         ("never there", others, [_without(s, data.labels, others) for s in data.samples], {}),
@@ -53,10 +54,18 @@ def main(
         )
         campaign = simulation.loop("random", seed, stop_after=images, late=late)
         last[name] = next(r for r in reversed(campaign.rounds) if r.promoted)
+        reasons[name] = f"{campaign.rounds[-1].images} images: {campaign.rounds[-1].reason}"
     if as_json:
-        print(json.dumps({name: r.ap50_of_rest for name, r in last.items()}))
+        print(
+            json.dumps(
+                {
+                    name: {"images": r.images, "ap50": r.ap50_of_rest, "newest": reasons[name]}
+                    for name, r in last.items()
+                }
+            )
+        )
         return
-    table = Table("", "trained on", *data.labels)
+    table = Table("", "live, trained on", *data.labels)
     for name, one in last.items():
         table.add_row(
             name,
@@ -64,6 +73,8 @@ def main(
             *(_shown(one.ap50_of_rest.get(known)) for known in data.labels),
         )
     Console().print(table)
+    for name, reason in reasons.items():
+        Console().print(f"{name}, {reason}", soft_wrap=True, highlight=False)
     with_it, without = (one.ap50_of_rest for one in last.values())
     change = np.mean([(with_it[other] or 0.0) - (without[other] or 0.0) for other in others])
     Console().print(f"the others change by {100 * change:+.1f} points of AP50 on average")
