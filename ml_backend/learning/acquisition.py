@@ -21,7 +21,6 @@ task at a time, as Label Studio opens it, and not for a whole pool:
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from safetensors.numpy import load_file, save_file
 from torchvision.ops import box_iou
 
 from ml_backend.detection.types import Detections, FloatArray
+from ml_backend.learning.chance import chance
 
 TOP = 10
 """Objects of an image that count."""
@@ -304,11 +304,6 @@ def strategy_named(name: str, reference: Reference, version: str, share: float) 
 def is_left_to_chance(task: int, share: float) -> bool:
     """Whether a task is one of those whose place is left to chance: for ever the same ones."""
     return chance(f"chance:{task}") < share
-
-
-def chance(seed: str) -> float:
-    """A number in `[0, 1)` that looks random, and is always the same for a seed."""
-    return int.from_bytes(hashlib.sha256(seed.encode()).digest()[:6]) / 2**48
 
 
 def farthest_first(embeddings: FloatArray, count: int) -> list[int]:

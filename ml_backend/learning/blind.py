@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ml_backend.learning.acquisition import chance
+from ml_backend.learning.chance import chance
 
 
 def is_blind(task_id: int, share: float) -> bool:

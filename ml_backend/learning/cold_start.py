@@ -21,7 +21,8 @@ from ml_backend.detection.types import FloatArray
 from ml_backend.detection.zoo import preset_named
 from ml_backend.label_studio.images import ImageSource, ImageUnavailable
 from ml_backend.label_studio.label_config import LabelConfig
-from ml_backend.learning.acquisition import chance, farthest_first
+from ml_backend.learning.acquisition import farthest_first
+from ml_backend.learning.chance import chance
 from ml_backend.settings import Settings
 from ml_backend.store.tables import UNTRAINED
 

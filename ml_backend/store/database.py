@@ -165,7 +165,9 @@ class Database:
             return
         self.engine.dispose()
         self._file = None
-        raise _refused(f"{self.engine.url.database} was removed or replaced: put it back, or restart")
+        raise _refused(
+            f"{self.engine.url.database} was removed or replaced: put it back, or restart"
+        )
 
     def _opened(self) -> None:
         self._file = self._on_disk()
