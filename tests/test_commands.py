@@ -249,7 +249,7 @@ def test_a_live_version_that_cannot_be_loaded_is_found(run: Run, backend: Backen
     file.write_bytes(file.read_bytes()[:1000])
     said = run("doctor")
     assert said.status == 1
-    assert f"project {KEY}: v2 cannot serve, an earlier one does" in said.out
+    assert f"project {KEY}: v2 cannot serve; an earlier one does" in said.out
     assert f"`ml-backend rollback -p {KEY}`" in said.out
 
 
