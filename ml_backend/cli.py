@@ -315,11 +315,7 @@ def autolabel(
     asked = backend.jobs.consider_autolabel(row.id, trigger="command", forced=True)
     if asked.enqueue:
         backend.tasks.put("autolabel", asked.job)
-    try:
-        job = _wait(backend, asked.job) if wait else backend.jobs.get(asked.job)
-    except KeyboardInterrupt:
-        _err.print(f"job {asked.job} goes on without you: `ml-backend status` shows how far it is")
-        raise typer.Exit(130) from None
+    job = _wait(backend, asked.job) if wait else backend.jobs.get(asked.job)
     if as_json:
         _print_json(_job_as_dict(job))
     else:
@@ -569,22 +565,26 @@ def _find(backend: Any, name: str) -> Project:
 
 
 def _wait(backend: Any, job_id: int) -> Job:
-    with Progress(console=_err) as progress:
-        bar = progress.add_task("waiting", total=1.0)
-        begun, told = time.monotonic(), False
-        while True:
-            job: Job = backend.jobs.get(job_id)
-            if job.state == "queued" and not told and time.monotonic() > begun + _NOBODY:
-                told = True
-                progress.console.print(
-                    "no worker has taken it yet: does `ml-backend serve` or `ml-backend worker` "
-                    "run on this MODEL_DIR?",
-                    soft_wrap=True,
-                )
-            progress.update(bar, completed=job.progress, description=escape(job.reason[:70]))
-            if job.state in {"done", "failed", "refused"}:
-                return job
-            time.sleep(1)
+    begun, told = time.monotonic(), False
+    try:
+        with Progress(console=_err) as progress:
+            bar = progress.add_task("waiting", total=1.0)
+            while True:
+                job: Job = backend.jobs.get(job_id)
+                if job.state == "queued" and not told and time.monotonic() > begun + _NOBODY:
+                    told = True
+                    progress.console.print(
+                        "no worker has taken it yet: does `ml-backend serve` or `ml-backend "
+                        "worker` run on this MODEL_DIR?",
+                        soft_wrap=True,
+                    )
+                progress.update(bar, completed=job.progress, description=escape(job.reason[:70]))
+                if job.state in {"done", "failed", "refused"}:
+                    return job
+                time.sleep(1)
+    except KeyboardInterrupt:
+        _err.print(f"job {job_id} goes on without you: `ml-backend status` shows how far it is")
+        raise typer.Exit(130) from None
 
 
 def _job_as_dict(job: Job) -> dict[str, Any]:
