@@ -123,8 +123,9 @@ def summary_table(plan: Plan, campaigns: Sequence[Campaign]) -> Table:
     table = Table(Column("campaign", no_wrap=True), "seed", Column("machine", no_wrap=True))
     for price in plan.prices:
         table.add_column(f"{price:g} s a box", justify="right", no_wrap=True)
-    hand = campaigns[0].by_hand
-    table.add_row("all by hand", "", "", *(_duration(hand[p][-1]) for p in plan.prices))
+    # Some may have been stopped early.
+    hand = [_duration(max(one.by_hand[p][-1] for one in campaigns)) for p in plan.prices]
+    table.add_row("all by hand", "", "", *hand)
     for one in campaigns:
         table.add_row(
             *(escape(one.name), str(one.seed), _duration(one.machine)),
