@@ -441,8 +441,13 @@ def test_an_address_makes_one_line_and_what_a_cloud_signed_is_not_shown(
 
 
 @pytest.mark.parametrize("where", ["/head", "/more heads", "/chunk", "/trailer"])
+@pytest.mark.parametrize("proxied", [False, True])
 def test_a_drip_at_any_place_is_given_up_within_the_timeout(
-    where: str, studio: ImageHost, cache: DiskCache
+    where: str,
+    proxied: bool,
+    studio: ImageHost,
+    cache: DiskCache,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     starts = {
         "/head": b"HTTP/1.1 200 OK\r\nX: ",
@@ -458,9 +463,13 @@ def test_a_drip_at_any_place_is_given_up_within_the_timeout(
             handler.wfile.write(piece)
 
     studio.answers["/slow.png"] = answer
+    address = "/slow.png"
+    if proxied:
+        monkeypatch.setenv("http_proxy", studio.url)
+        address = "http://images.invalid/slow.png"
     begun = time.monotonic()
     with pytest.raises(ImageUnavailable, match=r"longer than 0\.8 s|/slow\.png"):
-        _source(studio.url, cache, timeout=0.8).fetch(1, "/slow.png")
+        _source(studio.url, cache, timeout=0.8).fetch(1, address)
     assert time.monotonic() - begun < 5
 
 

@@ -47,8 +47,13 @@ class DeadlineAdapter(HTTPAdapter):
         timer.daemon = True
         self._within, self._over = True, False
         timer.start()
+        late = requests.Timeout(f"it took longer than {seconds:g} s")
         try:
             yield
+        except Exception as error:
+            if self._over:
+                raise late from error
+            raise
         finally:
             timer.cancel()
             with self._lock:
@@ -59,7 +64,7 @@ class DeadlineAdapter(HTTPAdapter):
                 self._open -= self._closed
                 self._closed.clear()
         if over:
-            raise requests.Timeout(f"it took longer than {seconds:g} s")
+            raise late
 
     def connect(self, scheme: str, connection: HTTPConnection) -> socket.socket | None:
         """Connects as urllib3 does where None; for subclasses that decide whereto.
@@ -74,6 +79,12 @@ class DeadlineAdapter(HTTPAdapter):
         """As requests does, with connections that tell of themselves."""
         super().init_poolmanager(*args, **kwargs)
         self.poolmanager.pool_classes_by_scheme = _pools(self)
+
+    def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
+        """As requests does; what is asked for through a proxy ends as well."""
+        manager = super().proxy_manager_for(*args, **kwargs)
+        manager.pool_classes_by_scheme = _pools(self)
+        return manager
 
     def opened(self, connected: socket.socket) -> socket.socket:
         """Keeps a handle on a connection, and answers it.
@@ -114,7 +125,9 @@ def _pools(adapter: DeadlineAdapter) -> dict[str, type[HTTPConnectionPool]]:
         handle: socket.socket | None = None
 
         def _new_conn(self) -> socket.socket:
-            connected = adapter.connect(self.scheme, self) or super()._new_conn()
+            # The proxy itself may be anywhere.
+            connected = None if self.proxy else adapter.connect(self.scheme, self)
+            connected = connected or super()._new_conn()
             self.handle = adapter.opened(connected)
             return connected
 

@@ -207,18 +207,8 @@ class ImageSource:
         if not value.startswith(("http://", "https://")):
             return None
         for url in (self._base_url, *self._other_urls):
-            try:
-                if url is None or origin_of(value) != origin_of(url):
-                    continue
-                # With the dots of /data/upload/../ resolved, as they are in a request.
-                path = parse_url(value).request_uri
-                prefix = (parse_url(url).path or "").rstrip("/")
-            except LocationParseError:
-                continue
-            # Under a sub-path Label Studio may or may not have put it there.
-            if prefix and path.startswith(f"{prefix}/"):
-                path = path.removeprefix(prefix)
-            if path.startswith(_SERVED):
+            path = _below(value, url)
+            if path is not None and path.startswith(_SERVED):
                 return path
         return None
 
@@ -254,7 +244,10 @@ class ImageSource:
             with self._adapter.within(self._timeout):
                 return self._follow(url, deadline)
         except requests.Timeout as error:
-            raise self._too_slow(url) from error
+            raise ImageUnavailable(
+                f"{_named(url)} took longer than {self._timeout:g} s: raise "
+                "ML_BACKEND_IMAGE_TIMEOUT, or look why it is slow"
+            ) from error
 
     def _follow(self, url: str, deadline: float) -> bytes:
         address, redirects, refreshed = url, 0, False
@@ -266,7 +259,7 @@ class ImageSource:
                         redirects += 1
                         address = urljoin(address, response.headers["Location"])
                         # Where Label Studio itself leads to, it asks who comes there as well.
-                        authorised = self._is_own(address) and (
+                        authorised = _below(address, self._base_url) is not None and (
                             authorised or self._takes_token(address)
                         )
                         if not address.startswith(("http://", "https://")):
@@ -283,18 +276,19 @@ class ImageSource:
                         raise ImageUnavailable(
                             self._refused(address, response.status_code, authorised)
                         )
-                    content = self._read(address, response, deadline)
+                    content = self._read(address, response)
                     if content.lstrip()[:1] == b"<":
                         # A login, or a proxy's word that the site is down; it must not be cached.
                         raise ImageUnavailable(
                             f"{_named(address)} answers with a page, and no image"
                         )
                     return content
+            except requests.ReadTimeout:
+                # All the time that was left.
+                raise
             except AddressRefused as error:
                 raise ImageUnavailable(f"{_named(address)} is not read: {error}") from error
             except (requests.RequestException, HTTPError, ValueError) as error:
-                if time.monotonic() > deadline:
-                    raise self._too_slow(address) from error
                 # While the body is read, errors are urllib3's own; ValueError: no valid address.
                 raise ImageUnavailable(
                     f"{_named(address)} cannot be read ({type(error).__name__}): it must be "
@@ -319,7 +313,7 @@ class ImageSource:
             auth=as_it_is,
         )
 
-    def _read(self, address: str, response: requests.Response, deadline: float) -> bytes:
+    def _read(self, address: str, response: requests.Response) -> bytes:
         parts: list[bytes] = []
         size = 0
         for part in self._parts(response):
@@ -329,8 +323,6 @@ class ImageSource:
                     f"{_named(address)} is larger than {self._max_bytes:,} bytes: raise "
                     "ML_BACKEND_IMAGE_MAX_BYTES, or use smaller images"
                 )
-            if time.monotonic() > deadline:
-                raise self._too_slow(address)
             parts.append(part)
         return b"".join(parts)
 
@@ -340,12 +332,6 @@ class ImageSource:
         while part := response.raw.read1(_CHUNK, decode_content=True):
             yield part
 
-    def _too_slow(self, address: str) -> ImageUnavailable:
-        return ImageUnavailable(
-            f"{_named(address)} took longer than {self._timeout:g} s: raise "
-            "ML_BACKEND_IMAGE_TIMEOUT, or look why it is slow"
-        )
-
     @property
     def _adapter(self) -> DeadlineAdapter:
         if not hasattr(self._local, "adapter"):
@@ -354,20 +340,11 @@ class ImageSource:
         assert isinstance(adapter, DeadlineAdapter)
         return adapter
 
-    def _is_own(self, address: str) -> bool:
-        try:
-            return self._base_url is not None and origin_of(address) == origin_of(self._base_url)
-        except LocationParseError:
-            return False
-
     def _takes_token(self, address: str) -> bool:
         """Whether Label Studio serves images there: nothing else is asked for in its user's name,
         whatever people write into a task."""
-        if self._base_url is None or not self._is_own(address):
-            return False
-        # As it is sent: with the dots of /data/../ resolved.
-        path, prefix = (parse_url(url).path or "" for url in (address, self._base_url))
-        return _WITH_TOKEN.match(path.removeprefix(prefix.rstrip("/"))) is not None
+        path = _below(address, self._base_url)
+        return path is not None and _WITH_TOKEN.match(path) is not None
 
     def _refused(self, address: str, status: int, authorised: bool) -> str:
         what = f"{_named(address)} answers status {status}"
@@ -383,6 +360,20 @@ class ImageSource:
         if status in (401, 403):
             return f"{what}: the user of LABEL_STUDIO_API_KEY may not see it"
         return f"{what}: is the file still there?"
+
+
+def _below(address: str, base: str | None) -> str | None:
+    """The path of an address below Label Studio's, with its query; None where it lies elsewhere."""
+    try:
+        if base is None or origin_of(address) != origin_of(base):
+            return None
+        # With the dots of /data/upload/../ resolved, as they are in a request.
+        path = parse_url(address).request_uri
+        prefix = (parse_url(base).path or "").rstrip("/")
+    except LocationParseError:
+        return None
+    # Under a sub-path Label Studio may or may not have put it there.
+    return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path
 
 
 def _named(address: str) -> str:
