@@ -7,22 +7,22 @@ import tempfile
 import threading
 from typing import TYPE_CHECKING
 
+from ml_backend.audits.audits import Audits
+from ml_backend.jobs.jobs import Jobs
 from ml_backend.label_studio.images import DiskCache
-from ml_backend.learning.audits import Audits
-from ml_backend.learning.in_step import InStep
-from ml_backend.learning.ingest import Ingest
-from ml_backend.learning.jobs import Jobs
-from ml_backend.learning.label_studios import LabelStudios
-from ml_backend.learning.promotion import Versions
-from ml_backend.learning.tidy import Tidy
-from ml_backend.learning.worker import Tasks, Worker, make_queue
+from ml_backend.projects.clients import LabelStudios
+from ml_backend.projects.connection_title import InStep
+from ml_backend.projects.ingest import Ingest
+from ml_backend.serving.stale_predictions import Tidy
 from ml_backend.settings import Settings, SettingsError
 from ml_backend.store.database import Database, SchemaError
 from ml_backend.store.registry import Registry
+from ml_backend.training.promotion import Versions
+from ml_backend.worker.worker import Tasks, Worker, make_queue
 
 if TYPE_CHECKING:
-    from ml_backend.learning.models import Models
-    from ml_backend.learning.serving import Serving
+    from ml_backend.serving.model_cache import Models
+    from ml_backend.serving.predictions import Serving
 
 
 class Backend:
@@ -100,7 +100,7 @@ class Backend:
     @functools.cached_property
     def models(self) -> Models:
         """Loaded detectors; follows promotions from the first use on."""
-        from ml_backend.learning.models import Models
+        from ml_backend.serving.model_cache import Models
 
         models = Models(self.settings, self.database, self.registry)
         threading.Thread(target=models.watch, name="models", daemon=True).start()
@@ -109,7 +109,7 @@ class Backend:
     @functools.cached_property
     def serving(self) -> Serving:
         """Predictions."""
-        from ml_backend.learning.serving import Serving
+        from ml_backend.serving.predictions import Serving
 
         return Serving(self.settings, self.models, self.label_studios)
 

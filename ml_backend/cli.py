@@ -32,8 +32,8 @@ from ml_backend.store.registry import VersionMissing
 from ml_backend.store.tables import Job, Project
 
 if TYPE_CHECKING:
-    from ml_backend.learning.audits import Summary
-    from ml_backend.learning.worth import Worth
+    from ml_backend.audits.audits import Summary
+    from ml_backend.audits.label_value import Worth
 
 app = typer.Typer(
     help="Pre-annotates Label Studio's tasks and learns from what is annotated.",
@@ -136,7 +136,7 @@ def serve() -> None:
     """Serve, and work: the server and a worker together, until stopped."""
     settings = _settings()
     settings.check_exposure()
-    from ml_backend.learning.supervisor import die_with_parent
+    from ml_backend.worker.supervisor import die_with_parent
 
     _say_what_is_missing(settings, _checked_device(settings))
     _migrate(settings)
@@ -214,7 +214,7 @@ def connect(
     """Connect a project, or repair its connection. Doing it again changes nothing."""
     from ml_backend.label_studio.client import LabelStudioError
     from ml_backend.label_studio.label_config import LabelConfigError
-    from ml_backend.learning.connect import connect as connect_project
+    from ml_backend.projects.connect import connect as connect_project
 
     settings, backend = _backend()
     client = backend.label_studios.default()
@@ -243,7 +243,7 @@ def doctor(
     as_json: _Json = False,
 ) -> None:
     """Look at everything that must be right, and say what to do where it is not."""
-    from ml_backend.learning.doctor import Doctor
+    from ml_backend.doctor.doctor import Doctor
 
     settings, backend = _backend()
     marks = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "error": "[red]✗[/]"}
@@ -476,9 +476,9 @@ def simulate(
     """
     settings = _settings()
     _checked_device(settings)
-    from ml_backend.learning.chart import check_picture, draw_campaigns
-    from ml_backend.learning.datasets import DatasetError, read_dataset
-    from ml_backend.learning.simulation_report import (
+    from ml_backend.datasets.datasets import DatasetError, read_dataset
+    from ml_backend.simulation.chart import check_picture, draw_campaigns
+    from ml_backend.simulation.report import (
         Plan,
         as_dict,
         curves,
@@ -553,7 +553,7 @@ def _backend() -> tuple[Settings, Any]:
 
 def _find(backend: Any, name: str) -> Project:
     from ml_backend.label_studio.events import InvalidEvent
-    from ml_backend.learning.projects import ProjectNotFound, find_project
+    from ml_backend.projects.find import ProjectNotFound, find_project
 
     try:
         return find_project(backend.database, name)
@@ -603,7 +603,7 @@ def _worth(
     settings: Settings, cards: list[dict[str, Any]], audits: Summary | None, live: str | None
 ) -> Worth:
     """What a project's next labels are worth; cards of its versions, newest first."""
-    from ml_backend.learning.worth import Version, more_images, worth_of
+    from ml_backend.audits.label_value import Version, more_images, worth_of
 
     versions = [v for card in reversed(cards) if (v := Version.of(card)) is not None]
     made_of_live = audits.versions.get(live) if audits is not None and live is not None else None
@@ -630,7 +630,7 @@ def _gunicorn_config() -> Path:
 def _checked_device(settings: Settings) -> str:
     """The device in words; what would fail with the first training fails now."""
     from ml_backend.detection.device import DeviceError, describe_device, resolve_device
-    from ml_backend.detection.zoo import check
+    from ml_backend.detection.presets import check
 
     try:
         device = resolve_device(settings.device)
@@ -667,7 +667,7 @@ def _migrate(settings: Settings) -> None:
     from filelock import Timeout
 
     from ml_backend.backend import Backend
-    from ml_backend.learning.worker import turn
+    from ml_backend.worker.worker import turn
 
     backend = Backend(settings)
     backend.database.close()

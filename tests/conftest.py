@@ -23,8 +23,8 @@ from ml_backend.demo.label_studio_server import (
     wait_until_healthy,
 )
 from ml_backend.detection.detector import Detector
-from ml_backend.learning.promotion import Verdict
 from ml_backend.settings import load_settings
+from ml_backend.training.promotion import Verdict
 from tests.distributed import PostgreSQL, running_postgresql, running_redis
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ml_backend.detection.zoo import PRESETS, fcos_shufflenet
+from ml_backend.detection.presets import PRESETS, fcos_shufflenet
 
 
 def _build(outputs: int) -> nn.Module:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ml_backend.detection.zoo import Preset
+from ml_backend.detection.presets import Preset
 
 
 class _Module(nn.Module):

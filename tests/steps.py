@@ -21,7 +21,7 @@ _WITHIN = 120
 # Its children begin with everything imported.
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(
-    ["tests.steps", "ml_backend.http.app", "ml_backend.learning.training_process"]
+    ["tests.steps", "ml_backend.http.app", "ml_backend.programs.train"]
 )
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ml_backend.detection.types import Detections
-from ml_backend.learning.acquisition import (
+from ml_backend.acquisition.acquisition import (
     STRATEGIES,
     Diverse,
     Reference,
@@ -18,6 +17,7 @@ from ml_backend.learning.acquisition import (
     strategy_named,
     uncertainty,
 )
+from ml_backend.detection.types import Detections
 
 EVEN = np.ones(2)
 RANDOM = np.random.default_rng(0)

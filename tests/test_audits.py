@@ -11,19 +11,19 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
+from ml_backend.acquisition.control_group import is_blind
+from ml_backend.audits.audits import AWAY, Boxes
 from ml_backend.backend import Backend
 from ml_backend.demo.label_studio_server import LabelStudioServer, free_port
 from ml_backend.demo.project import LABEL_CONFIG, create_project
 from ml_backend.demo.shapes import generate
 from ml_backend.label_studio.client import LabelStudioClient
 from ml_backend.label_studio.label_config import parse_label_config
-from ml_backend.learning.audits import AWAY, Boxes
-from ml_backend.learning.blind import is_blind
-from ml_backend.learning.dataset import build_dataset
-from ml_backend.learning.promotion import Verdict
-from ml_backend.learning.reconcile import reconcile
+from ml_backend.projects.reconcile import reconcile
 from ml_backend.settings import load_settings
 from ml_backend.store.tables import Annotation, Audit, Project
+from ml_backend.training.dataset import build_dataset
+from ml_backend.training.promotion import Verdict
 from tests.conftest import RunningBackend, ask, wait_for
 
 PAIRS = """<View>

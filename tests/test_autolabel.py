@@ -23,9 +23,9 @@ from ml_backend.demo.label_studio_server import LabelStudioServer
 from ml_backend.demo.project import LABEL_CONFIG, annotate, create_project, upload
 from ml_backend.demo.shapes import SHAPES, ShapeImage, generate
 from ml_backend.detection.detector import Detector
-from ml_backend.detection.zoo import preset_named
+from ml_backend.detection.presets import preset_named
+from ml_backend.jobs.jobs import STALE_AFTER
 from ml_backend.label_studio.client import LabelStudioClient
-from ml_backend.learning.jobs import STALE_AFTER
 from ml_backend.settings import load_settings
 from ml_backend.store.tables import Job, now
 from tests.conftest import RunningBackend, ask, make_live, predictions_by_task, wait_for
@@ -150,7 +150,7 @@ def _processes(backend: RunningBackend) -> list[psutil.Process]:
     return [
         child
         for child in psutil.Process(backend.pid).children(recursive=True)
-        if "ml_backend.learning.autolabel_process" in child.cmdline()
+        if "ml_backend.programs.predict" in child.cmdline()
     ]
 
 

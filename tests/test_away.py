@@ -23,7 +23,8 @@ from ml_backend.demo.label_studio_server import LabelStudioServer, free_port
 from ml_backend.demo.project import LABEL_CONFIG, annotate, create_project
 from ml_backend.demo.shapes import SHAPES, ShapeImage, generate
 from ml_backend.detection.detector import Detector
-from ml_backend.detection.zoo import preset_named
+from ml_backend.detection.presets import preset_named
+from ml_backend.doctor.doctor import Doctor, Finding
 from ml_backend.http.app import create_app
 from ml_backend.label_studio import client as client_module
 from ml_backend.label_studio.client import (
@@ -32,11 +33,10 @@ from ml_backend.label_studio.client import (
     Unauthorized,
     Unreachable,
 )
-from ml_backend.learning.doctor import Doctor, Finding
-from ml_backend.learning.reconcile import reconcile
-from ml_backend.learning.supervisor import REFUSED
+from ml_backend.projects.reconcile import reconcile
 from ml_backend.settings import load_settings
 from ml_backend.store.tables import Contact, Job, Project, now
+from ml_backend.worker.supervisor import REFUSED
 from tests import stand_in
 from tests.conftest import ask, capture, make_live, predictions_held
 from tests.steps import Steps
@@ -208,7 +208,7 @@ def _short_of_patience() -> None:
 
 
 def _autolabel(job: int) -> None:
-    from ml_backend.learning.autolabel_process import main
+    from ml_backend.programs.predict import main
 
     _short_of_patience()
     # Without waiting for its threads.
@@ -216,7 +216,7 @@ def _autolabel(job: int) -> None:
 
 
 def _train(job: int) -> int:
-    from ml_backend.learning.training_process import main
+    from ml_backend.programs.train import main
 
     _short_of_patience()
     return main(job, os.getppid())

@@ -21,10 +21,10 @@ from PIL import Image
 from ml_backend.backend import Backend
 from ml_backend.demo.shapes import generate
 from ml_backend.detection.detector import Detector
-from ml_backend.detection.zoo import preset_named
+from ml_backend.detection.presets import preset_named
 from ml_backend.label_studio.label_config import parse_label_config
 from ml_backend.label_studio.regions import read_regions
-from ml_backend.learning.connect import SECRET_HEADER
+from ml_backend.projects.connect import SECRET_HEADER
 from ml_backend.settings import load_settings
 from ml_backend.store.tables import Annotation
 from tests import image_host as host

@@ -17,8 +17,8 @@ from torch import nn
 from ml_backend.demo.shapes import generate
 from ml_backend.detection.batching import BatchingPredictor, PredictorClosed
 from ml_backend.detection.detector import Detector
+from ml_backend.detection.presets import PRESETS, fcos_shufflenet
 from ml_backend.detection.types import Detections
-from ml_backend.detection.zoo import PRESETS, fcos_shufflenet
 
 CPU = torch.device("cpu")
 PRESET = replace(PRESETS["tiny"], min_size=96, max_size=160)

@@ -15,7 +15,7 @@ import torch
 
 from ml_backend.backend import Backend
 from ml_backend.detection.detector import Detector
-from ml_backend.detection.zoo import preset_named
+from ml_backend.detection.presets import preset_named
 from ml_backend.settings import load_settings
 from tests.conftest import MakeBackend, RunningBackend, capture, make_live, wait_for
 

@@ -19,11 +19,11 @@ from ml_backend.backend import Backend
 from ml_backend.demo.label_studio_server import free_port
 from ml_backend.demo.project import LABEL_CONFIG
 from ml_backend.detection.detector import Detector
-from ml_backend.detection.zoo import preset_named
-from ml_backend.learning.promotion import Verdict
-from ml_backend.learning.supervisor import die_with_parent
+from ml_backend.detection.presets import preset_named
 from ml_backend.settings import load_settings
 from ml_backend.store.tables import Job, Project
+from ml_backend.training.promotion import Verdict
+from ml_backend.worker.supervisor import die_with_parent
 from tests.conftest import capture, make_live
 
 KEY, OTHER = "1.1795463889", "1.1577836800"
@@ -260,7 +260,7 @@ def test_a_fault_of_our_own_is_not_hidden(
         raise TypeError("a fault")
 
     _learn(backend, "v1")
-    monkeypatch.setattr("ml_backend.learning.promotion.Versions.all", broken)
+    monkeypatch.setattr("ml_backend.training.promotion.Versions.all", broken)
     with pytest.raises(TypeError, match="a fault"):
         run("versions", "-p", "1")
 

@@ -18,7 +18,7 @@ from ml_backend.demo.label_studio_server import LabelStudioServer
 from ml_backend.demo.project import LABEL_CONFIG, create_project
 from ml_backend.demo.shapes import SHAPES, generate
 from ml_backend.detection.detector import Detector
-from ml_backend.detection.zoo import preset_named
+from ml_backend.detection.presets import preset_named
 from ml_backend.label_studio.client import LabelStudioClient
 from ml_backend.settings import load_settings
 from ml_backend.store.tables import Project

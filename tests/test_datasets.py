@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ml_backend.datasets.datasets import DatasetError, LabelledData, read_dataset
 from ml_backend.detection.decoding import decode_image
 from ml_backend.detection.types import Sample
-from ml_backend.learning.datasets import DatasetError, LabelledData, read_dataset
 
 LABELS = ("car", "truck")
 # Name, stored width and height, EXIF orientation, boxes (label, x1, y1, x2, y2) when upright.

@@ -16,7 +16,7 @@ from torch import nn
 from ml_backend.demo.shapes import generate
 from ml_backend.detection.detector import CorruptDetector, Detector
 from ml_backend.detection.device import DeviceError, own_device, resolve_device
-from ml_backend.detection.zoo import PRESETS, build, check, fcos_shufflenet, preset_named
+from ml_backend.detection.presets import PRESETS, build, check, fcos_shufflenet, preset_named
 
 CPU = torch.device("cpu")
 LABELS = ("car", "person", "valve")

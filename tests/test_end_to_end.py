@@ -179,7 +179,7 @@ def training_processes(backend: RunningBackend) -> list[psutil.Process]:
     return [
         child
         for child in psutil.Process(backend.pid).children(recursive=True)
-        if "ml_backend.learning.training_process" in child.cmdline()
+        if "ml_backend.programs.train" in child.cmdline()
     ]
 
 

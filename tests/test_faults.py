@@ -25,14 +25,14 @@ from ml_backend.demo.label_studio_server import LabelStudioServer
 from ml_backend.demo.project import LABEL_CONFIG, create_project, regions
 from ml_backend.demo.shapes import SHAPES, generate
 from ml_backend.detection.detector import Detector
-from ml_backend.detection.zoo import preset_named
+from ml_backend.detection.presets import preset_named
+from ml_backend.jobs.jobs import STALE_AFTER
 from ml_backend.label_studio.client import LabelStudioClient
 from ml_backend.label_studio.events import AnnotationsChanged, parse_event
-from ml_backend.learning.jobs import STALE_AFTER
-from ml_backend.learning.supervisor import Program, supervise, training
-from ml_backend.learning.worker import turn
 from ml_backend.settings import load_settings
 from ml_backend.store.tables import Annotation, Job, ModelVersion, Project, now
+from ml_backend.worker.supervisor import Program, supervise, training
+from ml_backend.worker.worker import turn
 from tests import stand_in
 from tests.conftest import ROOT, RunningBackend, capture, make_live, predictions_held, wait_for
 from tests.steps import Steps
@@ -350,7 +350,7 @@ def _asked_for(folder: Path, preset: str) -> tuple[Backend, int]:
 
 
 def _train_with_little_room(job: int) -> int:
-    from ml_backend.learning.training_process import main
+    from ml_backend.programs.train import main
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 21, resource.RLIM_INFINITY))
     return main(job, os.getppid())

@@ -21,9 +21,9 @@ from werkzeug.test import TestResponse
 
 from ml_backend.backend import Backend
 from ml_backend.detection.detector import Detector
-from ml_backend.detection.zoo import preset_named
+from ml_backend.detection.presets import preset_named
 from ml_backend.http.app import create_app
-from ml_backend.learning.connect import SECRET_HEADER
+from ml_backend.projects.connect import SECRET_HEADER
 from ml_backend.settings import load_settings
 from ml_backend.store.tables import Job, Project
 from tests.conftest import CAPTURES, capture, make_live, wait_for

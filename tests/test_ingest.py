@@ -28,7 +28,7 @@ from ml_backend.label_studio.events import (
     read_project,
     read_task,
 )
-from ml_backend.learning.ingest import (
+from ml_backend.projects.ingest import (
     Applied,
     Ingest,
     annotated_tasks,
@@ -586,7 +586,7 @@ _KILLED = """
 import json, os, signal, sys
 from pathlib import Path
 from ml_backend.label_studio.events import parse_event
-from ml_backend.learning.ingest import Ingest
+from ml_backend.projects.ingest import Ingest
 from ml_backend.store.database import Database
 
 database = Database(sys.argv[1])

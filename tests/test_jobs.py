@@ -10,15 +10,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select, update
 
-from ml_backend.label_studio.events import (
-    AnnotationInfo,
-    AnnotationsChanged,
-    ProjectInfo,
-    TaskInfo,
-    TasksChanged,
-)
-from ml_backend.learning.ingest import Ingest
-from ml_backend.learning.jobs import (
+from ml_backend.jobs.jobs import (
     ATTEMPTS,
     FIRST_TASKS,
     STALE_AFTER,
@@ -27,12 +19,20 @@ from ml_backend.learning.jobs import (
     Jobs,
     TakenOver,
 )
-from ml_backend.learning.policy import PATIENCE
-from ml_backend.learning.promotion import Verdict, Versions
+from ml_backend.jobs.schedule import PATIENCE
+from ml_backend.label_studio.events import (
+    AnnotationInfo,
+    AnnotationsChanged,
+    ProjectInfo,
+    TaskInfo,
+    TasksChanged,
+)
+from ml_backend.projects.ingest import Ingest
 from ml_backend.settings import load_settings
 from ml_backend.store.database import Database
 from ml_backend.store.registry import Registry
 from ml_backend.store.tables import Job, Project, now
+from ml_backend.training.promotion import Verdict, Versions
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 PROJECT = ProjectInfo("7.1795463889", 7, "cells", "<View/>", None, None)

@@ -23,7 +23,7 @@ from ml_backend.demo.label_studio_server import LabelStudioServer
 from ml_backend.demo.project import LABEL_CONFIG, create_project, regions
 from ml_backend.demo.shapes import SHAPES, generate
 from ml_backend.detection.detector import Detector
-from ml_backend.detection.zoo import preset_named
+from ml_backend.detection.presets import preset_named
 from ml_backend.label_studio.client import LabelStudioClient
 from ml_backend.label_studio.events import AnnotationsChanged, parse_event
 from ml_backend.settings import load_settings
@@ -126,7 +126,7 @@ def test_what_was_acknowledged_is_there(tmp_path: Path) -> None:
 
 
 def _train(job: int) -> int:
-    from ml_backend.learning.training_process import main
+    from ml_backend.programs.train import main
 
     return main(job, os.getppid())
 
@@ -188,7 +188,7 @@ def test_a_training_killed_anywhere_leaves_one_version_live(tmp_path: Path) -> N
 
 
 def _autolabel(job: int) -> int:
-    from ml_backend.learning.autolabel_process import main
+    from ml_backend.programs.predict import main
 
     # Without waiting for its threads.
     os._exit(main(job, os.getppid()))

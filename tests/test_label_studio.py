@@ -18,7 +18,7 @@ from ml_backend.demo.label_studio_server import LabelStudioServer, free_port
 from ml_backend.demo.project import LABEL_CONFIG, annotate, create_project, regions
 from ml_backend.demo.shapes import SHAPES, ShapeImage, generate
 from ml_backend.detection.detector import Detector
-from ml_backend.detection.zoo import preset_named
+from ml_backend.detection.presets import preset_named
 from ml_backend.label_studio.client import (
     BadAnswer,
     Failed,
@@ -29,8 +29,8 @@ from ml_backend.label_studio.client import (
     Unreachable,
 )
 from ml_backend.label_studio.events import Ignored, parse_event
-from ml_backend.learning.ingest import annotated_tasks, live_annotations
-from ml_backend.learning.reconcile import Reconciled, reconcile
+from ml_backend.projects.ingest import annotated_tasks, live_annotations
+from ml_backend.projects.reconcile import Reconciled, reconcile
 from ml_backend.settings import load_settings
 from ml_backend.store.tables import Annotation, Project, Task, now
 from tests.conftest import RunningBackend, ask, label_studio_program, make_live, wait_for

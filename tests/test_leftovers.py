@@ -17,9 +17,9 @@ from ml_backend.demo.label_studio_server import LabelStudioServer
 from ml_backend.demo.project import LABEL_CONFIG, create_project
 from ml_backend.demo.shapes import SHAPES, generate
 from ml_backend.detection.detector import Detector
-from ml_backend.detection.zoo import PRESETS, build, coco_labels, preset_named
+from ml_backend.detection.presets import PRESETS, build, coco_labels, preset_named
+from ml_backend.jobs.jobs import STALE_AFTER
 from ml_backend.label_studio.client import LabelStudioClient
-from ml_backend.learning.jobs import STALE_AFTER
 from ml_backend.settings import load_settings
 from ml_backend.store.tables import Job, now
 from tests.conftest import RunningBackend, make_live, predictions_by_task, wait_for
@@ -98,7 +98,7 @@ def running(label_studio: LabelStudioServer, tmp_path: Path) -> Iterator[Running
 def _process(backend: RunningBackend) -> psutil.Process | None:
     """The process that predicts for a backend."""
     for child in psutil.Process(backend.pid).children(recursive=True):
-        if "ml_backend.learning.autolabel_process" in child.cmdline():
+        if "ml_backend.programs.predict" in child.cmdline():
             return child
     return None
 

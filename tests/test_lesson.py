@@ -12,12 +12,12 @@ import torch
 
 from ml_backend.demo.shapes import SHAPES, generate
 from ml_backend.detection.detector import Detector
+from ml_backend.detection.presets import PRESETS, Preset, preset_named
 from ml_backend.detection.types import Detections, Sample
-from ml_backend.detection.zoo import PRESETS, Preset, preset_named
-from ml_backend.learning import lesson as module
-from ml_backend.learning.dataset import Dataset
-from ml_backend.learning.lesson import Lesson, Live, Teacher
 from ml_backend.settings import load_settings
+from ml_backend.training import trainer as module
+from ml_backend.training.dataset import Dataset
+from ml_backend.training.trainer import Lesson, Live, Teacher
 
 CPU = torch.device("cpu")
 LABELS = SHAPES[:3]

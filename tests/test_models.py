@@ -17,12 +17,12 @@ from PIL import Image
 from ml_backend.backend import Backend
 from ml_backend.detection.batching import PredictorClosed
 from ml_backend.detection.detector import Detector
-from ml_backend.detection.zoo import PRESETS
+from ml_backend.detection.presets import PRESETS
 from ml_backend.label_studio.label_config import parse_label_config
-from ml_backend.learning import models as module
-from ml_backend.learning.label_studios import LabelStudios
-from ml_backend.learning.models import Models
-from ml_backend.learning.serving import Serving
+from ml_backend.projects.clients import LabelStudios
+from ml_backend.serving import model_cache as module
+from ml_backend.serving.model_cache import Models
+from ml_backend.serving.predictions import Serving
 from ml_backend.settings import load_settings
 from ml_backend.store.tables import Project
 from tests.conftest import make_live, wait_for

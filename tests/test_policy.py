@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 
-from ml_backend.learning.policy import PATIENCE, Decision, Situation, decide
+from ml_backend.jobs.schedule import PATIENCE, Decision, Situation, decide
 
 MOMENT = datetime(2026, 1, 1, 12, 0, tzinfo=UTC)
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.models import WeightsEnum
 
 from ml_backend.backend import Backend
-from ml_backend.detection.zoo import PRESETS, build, coco_labels
+from ml_backend.detection.presets import PRESETS, build, coco_labels
 from ml_backend.http.app import create_app
 from ml_backend.settings import load_settings
 from tests.conftest import wait_for

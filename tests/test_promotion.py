@@ -12,8 +12,11 @@ from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 
 from ml_backend.detection.evaluation import ClassChange, ClassQuality, Comparison, Evaluation
-from ml_backend.learning.ingest import Ingest
-from ml_backend.learning.promotion import (
+from ml_backend.projects.ingest import Ingest
+from ml_backend.store.database import Database
+from ml_backend.store.registry import Registry, VersionMissing
+from ml_backend.store.tables import ModelVersion, Project
+from ml_backend.training.promotion import (
     BAD_FALL,
     ENOUGH_BOXES,
     FINDS_SOMETHING,
@@ -24,9 +27,6 @@ from ml_backend.learning.promotion import (
     counts_of,
     judge,
 )
-from ml_backend.store.database import Database
-from ml_backend.store.registry import Registry, VersionMissing
-from ml_backend.store.tables import ModelVersion, Project
 
 KEY = "1.1795463889"
 BETTER = Verdict(True, "promoted: not worse")

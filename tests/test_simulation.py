@@ -20,11 +20,11 @@ from typer.testing import CliRunner
 from ml_backend.cli import app
 from ml_backend.demo.shapes import SHAPES, generate
 from ml_backend.detection.detector import Detector
+from ml_backend.detection.presets import PRESETS
 from ml_backend.detection.training import train
 from ml_backend.detection.types import Sample
-from ml_backend.detection.zoo import PRESETS
-from ml_backend.learning.simulation import Campaign, Simulation
 from ml_backend.settings import load_settings
+from ml_backend.simulation.campaign import Campaign, Simulation
 from tests.conftest import ROOT
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from ml_backend.learning.split import (
+from ml_backend.training.split import (
     ALIKE,
     ALIKE_IN_CLIP,
     HOLDOUT_SHARE,

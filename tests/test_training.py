@@ -17,6 +17,7 @@ from ml_backend.demo.shapes import SHAPES, generate
 from ml_backend.detection.decoding import decode_image
 from ml_backend.detection.detector import Detector
 from ml_backend.detection.evaluation import evaluate
+from ml_backend.detection.presets import PRESETS, Preset, fcos_shufflenet
 from ml_backend.detection.training import (
     NothingToLearn,
     Progress,
@@ -25,7 +26,6 @@ from ml_backend.detection.training import (
     train,
 )
 from ml_backend.detection.types import Sample
-from ml_backend.detection.zoo import PRESETS, Preset, fcos_shufflenet
 
 CPU = torch.device("cpu")
 LABELS = SHAPES[:3]

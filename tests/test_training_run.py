@@ -19,12 +19,12 @@ from torch import nn
 
 from ml_backend.backend import Backend
 from ml_backend.demo.shapes import SHAPES, generate
-from ml_backend.detection.zoo import PRESETS, fcos_shufflenet
+from ml_backend.detection.presets import PRESETS, fcos_shufflenet
 from ml_backend.label_studio.events import AnnotationInfo, AnnotationsChanged, ProjectInfo, TaskInfo
-from ml_backend.learning.supervisor import REFUSED
 from ml_backend.settings import load_settings
 from ml_backend.store.database import Database
 from ml_backend.store.tables import Job, now
+from ml_backend.worker.supervisor import REFUSED
 from tests.conftest import ROOT
 
 MOMENT = datetime(2026, 1, 1, tzinfo=UTC)
@@ -119,7 +119,7 @@ def _train(
         [
             sys.executable,
             "-m",
-            "ml_backend.learning.training_process",
+            "ml_backend.programs.train",
             str(asked.job),
             str(worker or os.getpid()),
         ],

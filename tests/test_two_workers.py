@@ -16,7 +16,7 @@ from sqlalchemy import select, update
 from ml_backend.backend import Backend
 from ml_backend.demo.label_studio_server import wait_until_healthy
 from ml_backend.demo.shapes import ShapeImage, generate
-from ml_backend.learning.jobs import STALE_AFTER
+from ml_backend.jobs.jobs import STALE_AFTER
 from ml_backend.settings import load_settings
 from ml_backend.store.tables import Job, ModelVersion, now
 from tests.conftest import ROOT, RunningBackend, capture, wait_for
@@ -81,7 +81,7 @@ def _trainings(worker: subprocess.Popen[bytes]) -> list[psutil.Process]:
     return [
         child
         for child in psutil.Process(worker.pid).children(recursive=True)
-        if "ml_backend.learning.training_process" in child.cmdline()
+        if "ml_backend.programs.train" in child.cmdline()
     ]
 
 

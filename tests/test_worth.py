@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ml_backend.learning.worth import Version, worth_of
+from ml_backend.audits.label_value import Version, worth_of
 
 
 def _curve(images: list[int], scores: list[float], *, agreement: float = 0.8) -> list[Version]:

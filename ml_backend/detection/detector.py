@@ -19,8 +19,7 @@ from torch import nn
 
 from ml_backend.detection.calibration import Calibration, calibrate, calibration_from
 from ml_backend.detection.embedding import embeddings_of
-from ml_backend.detection.types import Detections, FloatArray
-from ml_backend.detection.zoo import (
+from ml_backend.detection.presets import (
     LoadedWeights,
     Preset,
     build,
@@ -29,6 +28,7 @@ from ml_backend.detection.zoo import (
     preset_named,
     transfer,
 )
+from ml_backend.detection.types import Detections, FloatArray
 
 FLOOR = 0.02
 """Confidence of the network down to which boxes are looked at; thresholds decide what is shown."""

@@ -21,9 +21,9 @@ from ml_backend.detection.augment import Augmentation, Example
 from ml_backend.detection.decoding import MAX_PIXELS, UndecodableImage, decode_image
 from ml_backend.detection.detector import Detector
 from ml_backend.detection.evaluation import evaluate
-from ml_backend.detection.replicas import Replicas, threads_inside
+from ml_backend.detection.presets import Preset
+from ml_backend.detection.thread_parallel import Replicas, threads_inside
 from ml_backend.detection.types import Sample
-from ml_backend.detection.zoo import Preset
 
 _log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from ml_backend.http import (
     webhook,
 )
 from ml_backend.http.auth import require_authentication
-from ml_backend.learning.metrics import REQUEST_SECONDS
+from ml_backend.serving.counters import REQUEST_SECONDS
 from ml_backend.settings import load_settings
 
 

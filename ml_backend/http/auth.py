@@ -8,9 +8,9 @@ from base64 import b64decode
 
 from flask import Response, request
 
-from ml_backend.http.current import backend
 from ml_backend.http.errors import error_response
-from ml_backend.learning.connect import SECRET_HEADER
+from ml_backend.http.request import backend
+from ml_backend.projects.connect import SECRET_HEADER
 
 
 def require_authentication() -> Response | None:

@@ -16,7 +16,7 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from ml_backend.label_studio.events import InvalidEvent
 from ml_backend.label_studio.label_config import LabelConfigError
-from ml_backend.learning.projects import ProjectNotFound
+from ml_backend.projects.find import ProjectNotFound
 from ml_backend.store.database import is_outside
 from ml_backend.store.registry import VersionMissing
 

@@ -7,8 +7,8 @@ from typing import Any
 from flask import Blueprint
 from pydantic import BaseModel
 
-from ml_backend.http.current import backend, read_body
 from ml_backend.http.errors import BadRequest
+from ml_backend.http.request import backend, read_body
 
 blueprint = Blueprint("job_status", __name__)
 

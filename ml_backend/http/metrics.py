@@ -18,9 +18,9 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
 from sqlalchemy import func, select
 
-from ml_backend.http.current import backend
-from ml_backend.learning.audits import Audits
-from ml_backend.learning.contacts import Contacts
+from ml_backend.audits.audits import Audits
+from ml_backend.http.request import backend
+from ml_backend.projects.connectivity import Contacts
 from ml_backend.store.database import Database
 from ml_backend.store.tables import Job, ModelVersion, Project, now
 

@@ -20,7 +20,7 @@ from ml_backend.http.predict import Predict
 from ml_backend.http.setup import Setup
 from ml_backend.http.train import Train
 from ml_backend.http.validate import Validate
-from ml_backend.learning.connect import SECRET_HEADER
+from ml_backend.projects.connect import SECRET_HEADER
 
 blueprint = Blueprint("openapi", __name__)
 

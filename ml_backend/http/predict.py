@@ -11,12 +11,12 @@ from flask import Blueprint
 from pydantic import BaseModel, Field, StrictInt
 from sqlalchemy.exc import DatabaseError
 
-from ml_backend.http.current import backend, find_project, predicting, read_body
 from ml_backend.http.errors import BadRequest
+from ml_backend.http.request import backend, find_project, predicting, read_body
 from ml_backend.label_studio.events import parse_project_key
 from ml_backend.label_studio.label_config import parse_label_config
-from ml_backend.learning.metrics import LEFT_OVER
-from ml_backend.learning.serving import Predicted
+from ml_backend.serving.counters import LEFT_OVER
+from ml_backend.serving.predictions import Predicted
 from ml_backend.store.database import is_outside
 from ml_backend.store.tables import Project
 

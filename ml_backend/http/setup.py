@@ -7,7 +7,7 @@ import re
 from flask import Blueprint
 from pydantic import BaseModel
 
-from ml_backend.http.current import backend, read_body
+from ml_backend.http.request import backend, read_body
 from ml_backend.label_studio.events import parse_project_key
 from ml_backend.label_studio.label_config import parse_label_config
 

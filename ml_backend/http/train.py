@@ -7,7 +7,7 @@ from typing import Any
 from flask import Blueprint
 from pydantic import BaseModel
 
-from ml_backend.http.current import backend, find_project, read_body
+from ml_backend.http.request import backend, find_project, read_body
 
 blueprint = Blueprint("train", __name__)
 

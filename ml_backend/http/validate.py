@@ -5,7 +5,7 @@ from __future__ import annotations
 from flask import Blueprint
 from pydantic import BaseModel, Field
 
-from ml_backend.http.current import read_body
+from ml_backend.http.request import read_body
 from ml_backend.label_studio.label_config import parse_label_config
 
 blueprint = Blueprint("validate", __name__)

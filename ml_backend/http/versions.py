@@ -5,7 +5,7 @@ from __future__ import annotations
 from flask import Blueprint
 from sqlalchemy import select
 
-from ml_backend.http.current import backend
+from ml_backend.http.request import backend
 from ml_backend.store.tables import UNTRAINED, ModelVersion
 
 blueprint = Blueprint("versions", __name__)

@@ -6,9 +6,9 @@ from typing import Any
 
 from flask import Blueprint
 
-from ml_backend.http.current import backend, read_json
+from ml_backend.http.request import backend, read_json
 from ml_backend.label_studio.events import Ignored, TrainingRequested, parse_event
-from ml_backend.learning.metrics import WEBHOOKS
+from ml_backend.serving.counters import WEBHOOKS
 
 blueprint = Blueprint("webhook", __name__)
 

@@ -42,10 +42,10 @@ from sqlalchemy import select
 from ml_backend.backend import Backend
 from ml_backend.demo.project import LABEL_CONFIG
 from ml_backend.label_studio.label_config import parse_label_config
-from ml_backend.learning.dataset import build_dataset
-from ml_backend.learning.reconcile import reconcile
+from ml_backend.projects.reconcile import reconcile
 from ml_backend.settings import Settings, load_settings
 from ml_backend.store.tables import Project
+from ml_backend.training.dataset import build_dataset
 from tests.benchmarks.generated_label_studio import generated_label_studio, regions, task
 from tests.benchmarks.webhooks import send_webhook
 from tests.conftest import RunningBackend, capture

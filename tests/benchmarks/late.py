@@ -21,11 +21,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ml_backend.datasets.datasets import read_dataset
 from ml_backend.detection.device import resolve_device
 from ml_backend.detection.types import Sample
-from ml_backend.learning.datasets import read_dataset
-from ml_backend.learning.simulation import Round, Simulation
 from ml_backend.settings import load_settings
+from ml_backend.simulation.campaign import Round, Simulation
 
 _err = Console(stderr=True)
 

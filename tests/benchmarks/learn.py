@@ -21,13 +21,13 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from ml_backend.datasets.datasets import read_dataset
 from ml_backend.detection.detector import Detector
 from ml_backend.detection.evaluation import bootstrap_interval, evaluate
+from ml_backend.detection.presets import preset_named
 from ml_backend.detection.training import Progress, TrainingResult, train
 from ml_backend.detection.types import Sample
-from ml_backend.detection.zoo import preset_named
-from ml_backend.learning.datasets import read_dataset
-from ml_backend.learning.honest import predict_samples
+from ml_backend.training.out_of_fold import predict_samples
 
 _SMALLEST_TEST = 55
 _err = Console(stderr=True)

@@ -40,9 +40,9 @@ from ml_backend.demo.shapes import SHAPES, ShapeImage, generate
 from ml_backend.detection.decoding import decode_image
 from ml_backend.detection.detector import Detector
 from ml_backend.detection.device import describe_device, resolve_device
+from ml_backend.detection.presets import preset_named
 from ml_backend.detection.training import train
 from ml_backend.detection.types import Sample
-from ml_backend.detection.zoo import preset_named
 from ml_backend.settings import load_settings
 from tests.benchmarks.webhooks import send_webhook
 from tests.conftest import RunningBackend, capture, make_live

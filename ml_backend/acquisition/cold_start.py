@@ -1,0 +1,100 @@
+"""Before any model exists, the first images are chosen for diversity alone.
+
+Label Studio orders by the scores of predictions: so a project without a version gets predictions
+without a box, of the version `untrained`, whose scores say which images differ most.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from ml_backend.acquisition.acquisition import farthest_first
+from ml_backend.acquisition.stable_random import chance
+from ml_backend.detection.decoding import UndecodableImage, decode_image
+from ml_backend.detection.detector import Detector
+from ml_backend.detection.device import resolve_device
+from ml_backend.detection.presets import preset_named
+from ml_backend.detection.types import FloatArray
+from ml_backend.label_studio.images import ImageSource, ImageUnavailable
+from ml_backend.label_studio.label_config import LabelConfig
+from ml_backend.settings import Settings
+from ml_backend.store.tables import UNTRAINED
+
+_log = logging.getLogger(__name__)
+
+POOL = 1000
+"""Tasks, drawn at random, among which the first ones are chosen."""
+_FETCHERS = 8
+
+
+def cold_start(
+    settings: Settings,
+    config: LabelConfig,
+    images: ImageSource,
+    tasks: Iterable[dict[str, Any]],
+    count: int,
+    on_progress: Callable[[float, str], None],
+) -> list[dict[str, Any]]:
+    """Chooses the tasks to begin with: see `acquisition.farthest_first`.
+
+    Args:
+        settings: preset, weights and device, and the limits of images.
+        config: the project's label config; of several images of a task the first counts.
+        images: where its images come from.
+        tasks: with `id` and `data`, as many as there are; they are passed over once.
+        count: how many are wanted.
+        on_progress: told the fraction done and a sentence.
+
+    Returns:
+        For each chosen task a prediction to import, without a region: `task`, `result`, `score`
+        from 0 for the first to ask, and `model_version`. Tasks whose image cannot be had are left
+        out; the log says why.
+    """
+    drawn = heapq.nsmallest(POOL, tasks, key=lambda task: chance(f"cold start:{task['id']}"))
+    device = resolve_device(settings.device)
+    preset = preset_named(settings.preset, device)
+    trunk = Detector.pretrained(preset, config.labels, settings.weights, device)
+    key = next(iter(config.controls_by_image()))
+    numbers: list[int] = []
+    rows: list[FloatArray] = []
+
+    def fetch(task: dict[str, Any]) -> bytes | None:
+        value = task["data"].get(key)
+        try:
+            if not isinstance(value, str) or not value:
+                raise ImageUnavailable(f"its data has no image under {key!r}")
+            return images.fetch(task["id"], value)
+        except ImageUnavailable as error:
+            _log.warning("task %s is not among the first: %s", task["id"], error)
+            return None
+
+    with ThreadPoolExecutor(_FETCHERS, thread_name_prefix="images") as pool:
+        for done, (task, content) in enumerate(zip(drawn, pool.map(fetch, drawn), strict=True)):
+            if content is None:
+                continue
+            try:
+                image = decode_image(content, max_pixels=settings.image_max_pixels)
+            except UndecodableImage as error:
+                _log.warning("task %s is not among the first: %s", task["id"], error)
+                continue
+            (found,) = trunk.predict([image])
+            if found.embedding is not None:
+                numbers.append(task["id"])
+                rows.append(found.embedding)
+            on_progress(done / len(drawn), f"looked at {done + 1} of {len(drawn)} images")
+    chosen = farthest_first(np.stack(rows), count) if rows else []
+    return [
+        {
+            "task": numbers[i],
+            "result": [],
+            "score": place / max(1, len(chosen)),
+            "model_version": UNTRAINED,
+        }
+        for place, i in enumerate(chosen)
+    ]

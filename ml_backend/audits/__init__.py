@@ -1,0 +1,1 @@
+"""What people made of predictions, and what the next labels are worth."""

@@ -1,0 +1,1 @@
+"""Looks at everything that must be right."""

@@ -1,0 +1,95 @@
+"""The four kinds of things that can be added: presets, strategies, controls and dataset formats.
+
+Each kind is a registry of names. To add one to this program, write one file and name it below. To
+add one from another package, declare an entry point in the group of the registry:
+
+    [project.entry-points."ml_backend.strategies"]
+    committee = "my_package.committee:Committee"
+
+Nothing is imported before it is asked for, so that settings can be checked against the names
+without loading PyTorch.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Iterator, Mapping
+from importlib.metadata import entry_points
+from typing import Any
+
+
+class UnknownExtension(LookupError):
+    """No extension has this name; the text lists the names that exist."""
+
+
+class ExtensionError(ValueError):
+    """An extension cannot be imported; the text names it, its import path and the cause."""
+
+
+class Registry:
+    """Names of one kind of extension, with the import path of each.
+
+    Args:
+        kind: what is registered, as messages call it: `preset`, `strategy`, ...
+        group: the entry-point group in which packages register theirs.
+        builtin: import paths, `package.module:attribute`, by name.
+    """
+
+    def __init__(self, kind: str, group: str, builtin: Mapping[str, str]) -> None:
+        self.kind = kind
+        self.group = group
+        self._builtin = dict(builtin)
+
+    @functools.cached_property
+    def paths(self) -> Mapping[str, str]:
+        """Import paths by name: the built-in ones, then those of installed packages."""
+        return self._builtin | {e.name: e.value for e in entry_points(group=self.group)}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.paths
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.paths)
+
+    def load(self, name: str) -> Any:
+        """Imports an extension.
+
+        Raises:
+            UnknownExtension: no extension has this name.
+            ExtensionError: it cannot be imported.
+        """
+        path = self.paths.get(name)
+        if path is None:
+            raise UnknownExtension(
+                f"there is no {self.kind} {name!r}: it must be one of {', '.join(self)}"
+            )
+        return load_path(self.kind, path)
+
+
+def load_path(kind: str, path: str) -> Any:
+    """Imports `package.module:attribute`.
+
+    Args:
+        kind: what it is, for messages.
+        path: the import path.
+
+    Raises:
+        ExtensionError: the module or the attribute cannot be imported.
+    """
+    module, _, attribute = path.partition(":")
+    try:
+        return functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+    except Exception as error:
+        # Another package's module may raise anything.
+        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ExtensionError(
+            f"the {kind} {path!r} cannot be imported ({cause}): install its package, or put its "
+            "folder into PYTHONPATH"
+        ) from error
+
+
+PRESETS = Registry("preset", "ml_backend.presets", {})
+STRATEGIES = Registry("strategy", "ml_backend.strategies", {})
+CONTROLS = Registry("control", "ml_backend.controls", {})
+DATASET_FORMATS = Registry("dataset format", "ml_backend.dataset_formats", {})

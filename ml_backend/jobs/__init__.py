@@ -1,0 +1,1 @@
+"""What was asked for, and when a training is due."""

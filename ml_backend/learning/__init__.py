@@ -1,1 +1,0 @@
-"""The loop: what to learn from, when to train, what to promote, what to answer."""

@@ -1,0 +1,1 @@
+"""Projects of Label Studio: connecting, storing what they tell, reading back."""

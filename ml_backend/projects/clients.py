@@ -1,0 +1,112 @@
+"""Which Label Studio holds a project, and how to talk to it.
+
+Two ways lead there: the address and token of the settings, and what `/setup` brought along (the
+address that Label Studio believes to have, and its owner's legacy token). The settings win where
+the project is really there; each token goes to the address that it came with, and to no other.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+
+from sqlalchemy import update
+
+from ml_backend.label_studio.client import LabelStudioClient, LabelStudioError, NotFound
+from ml_backend.label_studio.images import DiskCache, ImageSource
+from ml_backend.projects.connectivity import Contacts
+from ml_backend.settings import Settings
+from ml_backend.store.database import Database
+from ml_backend.store.tables import Project
+
+_log = logging.getLogger(__name__)
+
+
+class LabelStudios:
+    """Clients and image sources by project.
+
+    Args:
+        settings: address and token of the Label Studio that an admin named.
+        database: remembers which projects are there.
+        cache: disk cache of images, shared by all sources.
+
+    Attributes:
+        contacts: how each of them answers.
+    """
+
+    def __init__(self, settings: Settings, database: Database, cache: DiskCache) -> None:
+        self._settings = settings
+        self._database = database
+        self._cache = cache
+        self.contacts = Contacts(database)
+        self._lock = threading.Lock()
+        self._clients: dict[tuple[str, str], LabelStudioClient] = {}
+        self._sources: dict[tuple[str | None, str | None, str | None], ImageSource] = {}
+
+    def default(self) -> LabelStudioClient | None:
+        """Client of the settings' Label Studio; None where address or token is not set."""
+        token = self._settings.label_studio_api_key
+        if self._settings.label_studio_url is None or token is None:
+            return None
+        return self._client(self._settings.label_studio_url, token.get_secret_value())
+
+    def client(self, project: Project) -> LabelStudioClient | None:
+        """Client for a project's Label Studio; None where no token for it is known."""
+        if self._is_default(project):
+            return self.default()
+        if project.url and project.token:
+            return self._client(project.url, project.token)
+        return None
+
+    def wait(self, project: Project) -> float:
+        """Seconds after which a project's Label Studio, which fails, is worth asking again."""
+        client = self.client(project)
+        return self.contacts.wait(client.url if client else project.url or "")
+
+    def images(self, project: Project) -> ImageSource:
+        """Reads the images of a project's tasks."""
+        client = self.client(project)
+        url = client.url if client else self._settings.label_studio_url or project.url
+        key = (url, client.token if client else None, project.url)
+        with self._lock:
+            if key not in self._sources:
+                self._sources[key] = ImageSource(
+                    url,
+                    client,
+                    self._cache,
+                    max_bytes=self._settings.image_max_bytes,
+                    timeout=self._settings.image_timeout,
+                    other_urls=[project.url] if project.url else [],
+                    allowed_hosts=self._settings.allowed_image_hosts,
+                )
+            return self._sources[key]
+
+    def _client(self, url: str, token: str) -> LabelStudioClient:
+        with self._lock:
+            if (url, token) not in self._clients:
+                self._clients[url, token] = LabelStudioClient(
+                    url, token, functools.partial(self.contacts.note, url)
+                )
+            return self._clients[url, token]
+
+    def _is_default(self, project: Project) -> bool:
+        client = self.default()
+        if client is None:
+            return False
+        if project.is_default is not None:
+            return project.is_default
+        try:
+            found = client.project(project.label_studio_id).key == project.key
+        except NotFound:
+            found = False
+        except LabelStudioError as error:
+            # Not known, and not remembered: asked again next time.
+            _log.warning("whether %s holds project %s: %s", client.url, project.key, error)
+            return project.url is None or project.url == client.url
+        project.is_default = found
+        with self._database.session() as session:
+            session.execute(
+                update(Project).where(Project.id == project.id).values(is_default=found)
+            )
+        return found

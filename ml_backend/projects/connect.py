@@ -1,0 +1,233 @@
+"""Connects a project in one go, or repairs its connection; doing it again changes nothing."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import select
+from urllib3.exceptions import LocationParseError
+
+from ml_backend.label_studio.addresses import origin_of
+from ml_backend.label_studio.client import LabelStudioClient
+from ml_backend.label_studio.label_config import parse_label_config
+from ml_backend.projects.ingest import Ingest
+from ml_backend.settings import Settings
+from ml_backend.store.database import Database
+from ml_backend.store.tables import PRETRAINED, UNTRAINED, ModelVersion, Project
+
+SECRET_HEADER = "X-ML-Backend-Secret"  # noqa: S105
+"""Header in which Label Studio's webhooks carry `ML_BACKEND_WEBHOOK_SECRET`."""
+SAMPLING = "Uncertainty sampling"
+
+
+@dataclass(slots=True)
+class Connected:
+    """What connecting did, in words, in order."""
+
+    project: str
+    version: str
+    steps: list[str] = field(default_factory=list)
+
+
+def webhook_headers(settings: Settings) -> dict[str, str]:
+    """What Label Studio's webhooks must carry to be let in here."""
+    headers: dict[str, str] = {}
+    if settings.webhook_secret is not None:
+        headers[SECRET_HEADER] = settings.webhook_secret.get_secret_value()
+    if settings.basic_auth is not None:
+        credentials = ":".join(settings.basic_auth)
+        headers["Authorization"] = f"Basic {base64.b64encode(credentials.encode()).decode()}"
+    return headers
+
+
+def connection_fields(settings: Settings, project: int, url: str, title: str) -> dict[str, Any]:
+    """A whole connection, as it is written to Label Studio.
+
+    Label Studio tries a connection whenever it is written, with the credentials that came along:
+    those that it has are not used, and cannot be read back.
+
+    Args:
+        settings: the credentials.
+        project: Label Studio's id of the project.
+        url: this backend's address.
+        title: the version.
+    """
+    fields = {"url": url, "title": title, "project": project, "auth_method": "NONE"}
+    if settings.basic_auth is not None:
+        user, password = settings.basic_auth
+        fields |= {
+            "auth_method": "BASIC_AUTH",
+            "basic_auth_user": user,
+            "basic_auth_pass": password,
+        }
+    return fields
+
+
+def own_connections(
+    client: LabelStudioClient, project: Project, settings: Settings, database: Database
+) -> list[dict[str, Any]]:
+    """Those of a project's connections that lead here; those of others are never touched.
+
+    One that was added by hand in Label Studio's page is known by what its address answers: each
+    time connections are listed, Label Studio asks their `/setup` and shows the answer as
+    `model_version`. What answers otherwise is not ours, whatever its title and address: every
+    backend's port is 9090, and Label Studio's localhost may be another machine. Only where nothing
+    was ever answered, title or address must do.
+    """
+    found = client.ml_backends(project.label_studio_id)
+    if project.connection_url is not None:
+        return [c for c in found if c["url"].rstrip("/") == project.connection_url]
+    with database.reading() as session:
+        names = {UNTRAINED, PRETRAINED} | set(
+            session.scalars(select(ModelVersion.name).where(ModelVersion.project_id == project.id))
+        )
+    own = _host_and_port(settings.own_url)
+
+    def leads_here(connection: dict[str, Any]) -> bool:
+        if answered := connection.get("model_version"):
+            return answered in names
+        return connection.get("title") in names or _host_and_port(connection["url"]) == own
+
+    return [c for c in found if leads_here(c)]
+
+
+def has_credentials(connection: dict[str, Any], settings: Settings) -> bool:
+    """Whether a connection that nobody here made carries the user of our basic authentication.
+
+    Without, it gets no password from us: another server may claim to answer as we do, whereas one
+    that leads here could not have been saved without the credentials.
+    """
+    if settings.basic_auth is None:
+        return True
+    return bool(connection.get("basic_auth_user") == settings.basic_auth[0])
+
+
+def _host_and_port(url: str) -> tuple[str | None, int | None] | None:
+    try:
+        _, host, port = origin_of(url)
+    except LocationParseError:
+        return None
+    return "localhost" if host in {"127.0.0.1", "::1"} else host, port
+
+
+def connect(
+    client: LabelStudioClient,
+    label_studio_id: int,
+    url: str | None,
+    settings: Settings,
+    database: Database,
+    ingest: Ingest,
+) -> Connected:
+    """Connects this backend to a project.
+
+    Args:
+        client: of the Label Studio that holds it.
+        label_studio_id: the project's id there.
+        url: this backend's address, as Label Studio reaches it; by default the one that the
+            project was connected with, or else the settings'.
+        settings: credentials and the webhook's secret.
+        database: remembers the address.
+        ingest: makes the project known.
+
+    Raises:
+        LabelStudioError: Label Studio refuses; the text says why and what to do.
+        LabelConfigError: the label config has nothing to detect.
+    """
+    info = client.project(label_studio_id)
+    parse_label_config(info.label_config)
+    project = ingest.introduce(info.key, info.id, label_config=info.label_config)
+    with database.session() as session:
+        stored = session.get_one(Project, project.id)
+        stored.title = info.title
+        stored.is_default = True
+    url = (url or stored.connection_url or settings.own_url).rstrip("/")
+    # What was connected under an address that is given up moves along, and is not left behind.
+    known = {url, stored.connection_url or url}
+    done = Connected(info.key, project.version)
+    _connection(client, label_studio_id, url, known, settings, done)
+    _webhook(client, label_studio_id, url, known, settings, done)
+    _project(client, label_studio_id, done)
+    with database.session() as session:
+        session.get_one(Project, project.id).connection_url = url
+    return done
+
+
+def _connection(
+    client: LabelStudioClient,
+    project: int,
+    url: str,
+    known: set[str],
+    settings: Settings,
+    done: Connected,
+) -> None:
+    fields = connection_fields(settings, project, url, done.version)
+    before = _ours(client, project, known)
+    for double in before[1:]:
+        client.delete_ml_backend(double["id"])
+        done.steps.append(f"removed the double connection {double['id']}")
+    if not before:
+        client.add_ml_backend(**fields)
+    else:
+        client.update_ml_backend(before[0]["id"], **fields)
+    # The running server knows whether COCO's weights serve before the first training.
+    for connection in _ours(client, project, {url}):
+        told = connection.get("model_version")
+        if told and told != done.version:
+            done.version = str(told)
+            client.update_ml_backend(connection["id"], **fields | {"title": done.version})
+    done.steps.append(
+        f"connected {url} as {done.version}"
+        if not before
+        else f"the connection was there; its title is {done.version}"
+    )
+
+
+def _ours(client: LabelStudioClient, project: int, known: set[str]) -> list[dict[str, Any]]:
+    return [b for b in client.ml_backends(project) if b["url"].rstrip("/") in known]
+
+
+def _webhook(
+    client: LabelStudioClient,
+    project: int,
+    url: str,
+    known: set[str],
+    settings: Settings,
+    done: Connected,
+) -> None:
+    address = f"{url}/webhook"
+    wanted: dict[str, Any] = {
+        "url": address,
+        "project": project,
+        "headers": webhook_headers(settings),
+        "is_active": True,
+        "send_payload": True,
+        "send_for_all_actions": True,
+    }
+    addresses = {f"{url}/webhook" for url in known}
+    ours = [w for w in client.webhooks(project) if w["url"] in addresses]
+    if not ours:
+        client.create_webhook(**wanted)
+        done.steps.append("created the webhook")
+        return
+    first, *others = ours
+    for double in others:
+        client.delete_webhook(double["id"])
+        done.steps.append(f"removed the double webhook {double['id']}")
+    if any(first.get(name) != value for name, value in wanted.items()):
+        client.update_webhook(first["id"], **wanted)
+        done.steps.append("put the webhook right")
+    else:
+        done.steps.append("the webhook is right")
+
+
+def _project(client: LabelStudioClient, project: int, done: Connected) -> None:
+    client.update_project(
+        project,
+        sampling=SAMPLING,
+        show_collab_predictions=True,
+        # Equal to the connection's title: so predictions stay live and are ordered by score.
+        model_version=done.version,
+    )
+    done.steps.append("turned on uncertainty sampling and pre-annotation")

@@ -1,0 +1,108 @@
+"""Reading back what the webhooks may have missed: they are sent once, and never again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from ml_backend.label_studio.client import LabelStudioClient
+from ml_backend.label_studio.events import read_annotation, read_task, readable
+from ml_backend.projects.ingest import Ingest, annotated_ids, live_annotations
+from ml_backend.store.database import Database, in_chunks
+from ml_backend.store.tables import Project, now
+
+_log = logging.getLogger(__name__)
+
+OVERLAP = timedelta(minutes=5)
+"""Read again this much of what was read before: clocks differ, transactions commit late."""
+_AT_ONCE = 100
+"""Tasks that are read by their ids, which an address has room for, or stored, in one go."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reconciled:
+    """What reading back found.
+
+    Attributes:
+        tasks: tasks read.
+        changed: annotations that were missing, old or gone.
+        removed: annotated tasks that no longer exist.
+    """
+
+    tasks: int
+    changed: int
+    removed: int
+
+
+def reconcile(
+    project: Project, client: LabelStudioClient, database: Database, ingest: Ingest
+) -> Reconciled:
+    """Brings the store to what Label Studio holds of a project.
+
+    Only tasks that changed since the last time are read, a page at a time; ids of the others only
+    where the number of annotations says that some are missing, or gone. What cannot be read is
+    logged and passed over.
+
+    Raises:
+        LabelStudioError: it could not be read; what was read by then is kept.
+    """
+    asked_at = now()
+    number = project.label_studio_id
+    info = client.project(number)
+    since = project.reconciled_at - OVERLAP if project.reconciled_at else None
+    tasks = changed = removed = 0
+    for page in client.annotated_tasks(number, changed_since=since):
+        changed += _read_back(project.id, page, ingest, asked_at)
+        tasks += len(page)
+    # Deletions leave no trace to be read: only where the numbers differ are all ids read.
+    with database.reading() as session:
+        known = live_annotations(session, project.id)
+    if client.annotation_count(number) != known:
+        listed = set(client.task_ids(number))
+        with database.reading() as session:
+            doubtful = sorted(listed ^ annotated_ids(session, project.id))
+        for asked in in_chunks(doubtful, _AT_ONCE):
+            page = client.tasks(number, asked)
+            changed += _read_back(project.id, page, ingest, asked_at)
+            tasks += len(page)
+            # A task without an annotation is there all the same.
+            gone = set(asked) - {int(task["id"]) for task in page}
+            ingest.remove_tasks(project.id, gone)
+            removed += len(gone)
+    ingest.end_reading(project.id, info, asked_at=asked_at)
+    if changed or removed:
+        _log.info(
+            "project %s: %d annotations and %d deleted tasks were read back",
+            project.key,
+            changed,
+            removed,
+        )
+    return Reconciled(tasks, changed, removed)
+
+
+def _read_back(
+    project_id: int, page: Sequence[dict[str, Any]], ingest: Ingest, asked_at: datetime
+) -> int:
+    # A few tasks at a time, so that webhooks can be stored in between.
+    return sum(
+        _read_back_at_once(project_id, few, ingest, asked_at) for few in in_chunks(page, _AT_ONCE)
+    )
+
+
+def _read_back_at_once(
+    project_id: int, page: Sequence[dict[str, Any]], ingest: Ingest, asked_at: datetime
+) -> int:
+    shown = [
+        {**annotation, "task": task["id"]} for task in page for annotation in task["annotations"]
+    ]
+    annotations = readable(read_annotation, shown)
+    return ingest.read_back(
+        project_id,
+        readable(read_task, page),
+        annotations,
+        asked_at=asked_at,
+        unreadable={a["id"] for a in shown} - {a.id for a in annotations},
+    )

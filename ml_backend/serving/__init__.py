@@ -1,0 +1,1 @@
+"""Answers requests for predictions, and predicts the tasks that nobody opened."""

@@ -1,0 +1,1 @@
+"""The loop on images that are labelled already."""

@@ -1,0 +1,181 @@
+"""Runs the campaigns that were asked for, and says what they came to."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Column, Table
+
+from ml_backend.acquisition.acquisition import STRATEGIES
+from ml_backend.datasets.datasets import DatasetError, LabelledData
+from ml_backend.detection.decoding import UndecodableImage, decode_image
+from ml_backend.detection.device import resolve_device
+from ml_backend.detection.types import Sample
+from ml_backend.settings import Settings
+from ml_backend.simulation.campaign import FIRST, Campaign, Simulation, Tell
+from ml_backend.training.trainer import cost_model
+
+_log = logging.getLogger(__name__)
+_PRICES = 4
+"""Prices at most: more columns than a terminal has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which campaigns are run.
+
+    Attributes:
+        strategies: names in `acquisition.STRATEGIES`.
+        seeds: one campaign of each strategy for each.
+        prices: seconds that drawing a box takes.
+        story: whether one round after the first images is run as well, for each seed.
+        stop_after: images after which each ends; None for all.
+    """
+
+    strategies: tuple[str, ...]
+    seeds: tuple[int, ...]
+    prices: tuple[float, ...]
+    story: bool
+    stop_after: int | None
+
+    def __post_init__(self) -> None:
+        for what, values in (("strategies", self.strategies), ("seeds", self.seeds)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{what}: each once, please")
+        if not 1 <= len(set(self.prices)) == len(self.prices) <= _PRICES:
+            raise ValueError(f"prices: 1 to {_PRICES} of them, each once")
+        for name in self.strategies:
+            if name not in STRATEGIES:
+                raise ValueError(f"there is no strategy {name!r}: {', '.join(STRATEGIES)}")
+        if not all(0 < price < 3600 for price in self.prices):
+            raise ValueError("prices must be seconds, more than 0")
+        if self.stop_after is not None and self.stop_after < 1:
+            raise ValueError("stop-after must be at least 1")
+
+
+def usable(data: LabelledData, settings: Settings, on_progress: Tell) -> LabelledData:
+    """The data set without the images that cannot be decoded: no campaign ends in the middle.
+
+    Raises:
+        DatasetError: too few images are left for a training.
+    """
+    samples: list[Sample] = []
+    left_out = Counter(data.left_out)
+    for number, sample in enumerate(data.samples):
+        on_progress(number / len(data.samples), "looking at the images")
+        try:
+            decode_image(sample.image, max_pixels=settings.image_max_pixels)
+        except (UndecodableImage, OSError) as error:
+            _log.warning("%s: %s", sample.key, error)
+            left_out["the image cannot be decoded"] += 1
+        else:
+            samples.append(sample)
+    if len(samples) <= settings.train_min:
+        raise DatasetError(
+            f"the data set has {len(samples)} images that can be used, and a first training takes "
+            f"{settings.train_min} (ML_BACKEND_TRAIN_MIN): give one with more"
+        )
+    return dataclasses.replace(data, samples=tuple(samples), left_out=dict(left_out))
+
+
+def run(
+    plan: Plan, settings: Settings, data: LabelledData, on_progress: Tell
+) -> Iterator[Campaign]:
+    """Runs the campaigns of a plan, one after the other, and yields each as it ends.
+
+    Args:
+        plan: which.
+        settings: as of a live project; trainings take all cores where it does not say how many.
+        data: labelled images, all of which can be decoded.
+        on_progress: told the fraction of all that is done, and a sentence.
+    """
+    if settings.train_threads is None:
+        settings = settings.model_copy(update={"train_threads": os.cpu_count()})
+    first = min(FIRST, max(2, len(data.samples) // 2))
+    total = len(plan.seeds) * (len(plan.strategies) + plan.story)
+    done = 0
+
+    def tell(fraction: float, words: str) -> None:
+        on_progress((done + fraction) / total, f"{done + 1} of {total}: {words}")
+
+    simulation = Simulation(
+        settings, resolve_device(settings.device), data.labels, data.samples, plan.prices, tell
+    )
+    for seed in plan.seeds:
+        for strategy in plan.strategies:
+            yield simulation.loop(strategy, seed, stop_after=plan.stop_after)
+            done += 1
+        if plan.story:
+            yield simulation.one_round(seed, first=first)
+            done += 1
+    on_progress(1.0, "done")
+
+
+def summary_table(plan: Plan, campaigns: Sequence[Campaign]) -> Table:
+    """The campaigns, a row each, for the terminal."""
+    table = Table(Column("campaign", no_wrap=True), "seed", Column("machine", no_wrap=True))
+    for price in plan.prices:
+        table.add_column(f"{price:g} s a box", justify="right", no_wrap=True)
+    # Some may have been stopped early.
+    hand = [_duration(max(one.by_hand[p][-1] for one in campaigns)) for p in plan.prices]
+    table.add_row("all by hand", "", "", *hand)
+    for one in campaigns:
+        table.add_row(
+            *(escape(one.name), str(one.seed), _duration(one.machine)),
+            *(f"{_duration(one.human[p][-1])}, {one.saving(p):.2f} ×" for p in plan.prices),
+        )
+    return table
+
+
+def curves(campaigns: Sequence[Campaign]) -> list[str]:
+    """Of each campaign, the AP50 of what is not labelled yet after each training, in words."""
+    return [
+        f"{one.name}, seed {one.seed}: AP50 of the rest "
+        + (
+            ", ".join(f"{r.map50_of_rest:.2f} after {r.images}" for r in one.rounds)
+            or "unknown, without a training"
+        )
+        for one in campaigns
+    ]
+
+
+def as_dict(
+    plan: Plan, settings: Settings, data: LabelledData, campaigns: Sequence[Campaign]
+) -> dict[str, Any]:
+    """The same and more, for programs: with all that it takes to run it again."""
+    return {
+        "plan": dataclasses.asdict(plan),
+        "settings": {
+            "preset": settings.preset,
+            "weights": settings.weights,
+            "costs": dataclasses.asdict(cost_model(settings)),
+            **{
+                name: getattr(settings, name)
+                for name in sorted(Settings.model_fields)
+                if name.startswith("train_") or name == "random_share"
+            },
+        },
+        "images": len(data.samples),
+        "boxes": sum(len(s.labels) for s in data.samples),
+        "labels": list(data.labels),
+        "left_out": data.left_out,
+        "prices": list(plan.prices),
+        "cores": os.cpu_count(),
+        "campaigns": [
+            {**dataclasses.asdict(c), "saving": {p: round(c.saving(p), 3) for p in plan.prices}}
+            for c in campaigns
+        ],
+    }
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 3600:
+        return f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

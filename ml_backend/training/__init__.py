@@ -1,0 +1,1 @@
+"""From stored annotations to a version that goes live or not."""

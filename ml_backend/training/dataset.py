@@ -1,0 +1,304 @@
+"""From stored annotations to samples: what a training learns from, and what it leaves out.
+
+Rules:
+    - Skipped (`was_cancelled`) and deleted annotations, and those of deleted tasks, are left out.
+    - Of several annotations of a task one counts: the ground truth, or else the newest.
+    - An annotation without a region is a true negative.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+from urllib.parse import quote
+
+import numpy as np
+from sqlalchemy import String, bindparam, or_, select, update
+from sqlalchemy import cast as sql_cast
+
+from ml_backend.acquisition.acquisition import is_left_to_chance
+from ml_backend.detection.decoding import UndecodableImage, decode_image
+from ml_backend.detection.types import Sample
+from ml_backend.label_studio.images import ImageSource, ImageUnavailable
+from ml_backend.label_studio.label_config import BoxControl, LabelConfig
+from ml_backend.label_studio.regions import read_regions
+from ml_backend.store.database import Database, in_chunks
+from ml_backend.store.tables import Annotation, Project, Task
+from ml_backend.training.split import Item, Side, assign, fingerprint
+
+_log = logging.getLogger(__name__)
+
+FETCHERS = 8
+
+_OF_TASK = (Task.project_id == Annotation.project_id) & (Task.label_studio_id == Annotation.task_id)
+
+_LOOKED_AT = or_(
+    Annotation.lead_time.is_not(None),
+    Annotation.parent_prediction.is_(None),
+    sql_cast(Annotation.result, String) != "[]",
+)
+"""Not a prediction without boxes that was accepted in bulk: it would teach that nothing is there,
+of tasks that are shown without boxes on purpose, too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Everything that a training of a project learns from.
+
+    Attributes:
+        labels: label names; a sample's labels are indices into it.
+        samples: one for each image of each annotated task.
+        task_of: task by sample key.
+        clip_of: clip by sample key.
+        holdout: keys of the samples that only measure.
+        left_out: why something was left out, and how often.
+        revision: revision of the project that was read.
+    """
+
+    labels: tuple[str, ...]
+    samples: tuple[Sample, ...]
+    task_of: dict[str, int]
+    clip_of: dict[str, int]
+    holdout: frozenset[str]
+    revision: int
+    left_out: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def tasks(self) -> int:
+        """How many tasks the samples come from."""
+        return len(set(self.task_of.values()))
+
+    def boxes_by_label(self) -> dict[str, int]:
+        """Number of boxes of each label."""
+        counts: Counter[int] = Counter()
+        for sample in self.samples:
+            counts.update(sample.labels.tolist())
+        return {label: counts[i] for i, label in enumerate(self.labels)}
+
+
+def build_dataset(
+    project: Project,
+    config: LabelConfig,
+    database: Database,
+    images: ImageSource,
+    folder: Path,
+    *,
+    max_pixels: int,
+    random_share: float,
+    leave_out: bool = True,
+    on_progress: Callable[[float, str], None],
+) -> Dataset:
+    """Reads a project's annotations and images, and decides the sides of new tasks.
+
+    Args:
+        project: whose annotations.
+        config: its label config.
+        database: where they are.
+        images: where its images come from.
+        folder: receives the image files.
+        max_pixels: larger images are left out.
+        random_share: of the tasks, that are asked for by chance.
+        leave_out: whether tasks whose images cannot be had are left out.
+        on_progress: told the fraction done and a sentence.
+
+    Raises:
+        ImageUnavailable: an image cannot be had, and none is to be left out.
+    """
+    chosen, revision = _chosen(database, project.id)
+    left_out: Counter[str] = Counter()
+    images_of_task = config.controls_by_image().values()
+    total = len(chosen) * len(images_of_task)
+    done = 0
+
+    def fetch(entry: tuple[Task, Annotation, tuple[BoxControl, ...]]) -> _Fetched | str:
+        nonlocal done
+        task, annotation, controls = entry
+        try:
+            return _fetch(task, annotation, controls, config, images, folder, max_pixels)
+        except (ImageUnavailable, UndecodableImage) as error:
+            if not leave_out and isinstance(error, ImageUnavailable):
+                raise
+            _log.warning("task %d is left out of the training: %s", task.label_studio_id, error)
+            return str(error)
+        finally:
+            done += 1
+            if done % 10 == 0:
+                on_progress(done / total, f"reading images: {done} of {total}")
+
+    found: list[_Fetched] = []
+    with ThreadPoolExecutor(FETCHERS, thread_name_prefix="images") as pool:
+        for rows in _read(database, chosen):
+            wanted = [(*row, controls) for row in rows for controls in images_of_task]
+            for outcome in pool.map(fetch, wanted):
+                if isinstance(outcome, str):
+                    left_out[outcome] += 1
+                else:
+                    found.append(outcome)
+                    left_out.update(outcome.dropped)
+    items = _sides(found, config, database, project.id, random_share)
+    return Dataset(
+        labels=config.labels,
+        samples=tuple(f.sample for f in found),
+        task_of={f.sample.key: f.task for f in found},
+        clip_of={f.sample.key: items[f.task].clip or f.task for f in found},
+        holdout=frozenset(f.sample.key for f in found if items[f.task].side == "holdout"),
+        revision=revision,
+        left_out=dict(left_out),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Fetched:
+    """What is kept of a task's image: of a large project, the regions alone would take gigabytes.
+
+    Attributes:
+        task: Label Studio's id.
+        clip: the task's, once known.
+        side: the task's, once decided.
+        name: the image's address.
+        sample: what is learned from.
+        fingerprint: of the image.
+        dropped: why regions were left out.
+    """
+
+    task: int
+    clip: int | None
+    side: Side | None
+    name: str
+    sample: Sample
+    fingerprint: str
+    dropped: tuple[str, ...]
+
+
+def _chosen(database: Database, project_id: int) -> tuple[list[int], int]:
+    """Rows of the annotations that count, in the order of their tasks, and what revision it is."""
+    with database.reading() as session:
+        revision = session.get_one(Project, project_id).revision
+        rows = session.execute(
+            select(Task.label_studio_id, Annotation.id)
+            .join(Annotation, _OF_TASK)
+            .where(
+                Task.project_id == project_id,
+                Task.deleted_at.is_(None),
+                Annotation.deleted_at.is_(None),
+                Annotation.was_cancelled.is_(False),
+                _LOOKED_AT,
+            )
+            .order_by(Task.label_studio_id, Annotation.ground_truth, Annotation.updated_at)
+        )
+        # The last of each task: ground truth sorts after the others, newer after older.
+        chosen = dict(row._tuple() for row in rows)
+    return list(chosen.values()), revision
+
+
+def _read(database: Database, chosen: Sequence[int]) -> Iterator[list[tuple[Task, Annotation]]]:
+    """Annotations and their tasks, some at a time."""
+    for numbers in in_chunks(chosen):
+        with database.reading() as session:
+            rows = session.execute(
+                select(Task, Annotation)
+                .join(Annotation, _OF_TASK)
+                .where(Annotation.id.in_(numbers))
+                .order_by(Task.label_studio_id)
+            )
+            found = [(task, annotation) for task, annotation in rows]
+        yield found
+
+
+def _fetch(
+    task: Task,
+    annotation: Annotation,
+    controls: Sequence[BoxControl],
+    config: LabelConfig,
+    images: ImageSource,
+    folder: Path,
+    max_pixels: int,
+) -> _Fetched:
+    data_key = controls[0].data_key
+    value = task.data.get(data_key)
+    if not isinstance(value, str):
+        raise ImageUnavailable(f"the task's data has no image under {data_key!r}")
+    content = images.fetch(task.label_studio_id, value)
+    # A key may have slashes.
+    path = folder / quote(f"{task.label_studio_id}-{data_key}", safe="")
+    path.write_bytes(content)
+    image = decode_image(content, max_pixels=max_pixels)
+    mark = task.fingerprint or fingerprint(image)
+    boxes: list[list[float]] = []
+    labels: list[int] = []
+    dropped: list[str] = []
+    size = np.array([image.width, image.height] * 2, np.float32)
+    for control in controls:
+        regions = read_regions(annotation.result, control)
+        dropped += regions.dropped
+        for box in regions.boxes:
+            boxes.append([box.x1, box.y1, box.x2, box.y2])
+            labels.append(config.labels.index(box.label))
+    return _Fetched(
+        task=task.label_studio_id,
+        clip=task.clip,
+        side=cast("Side | None", task.side),
+        # An inline image has no name, and would be kept whole.
+        name="" if value.startswith("data:") else value,
+        sample=Sample(
+            key=f"{task.label_studio_id}-{data_key}",
+            image=path,
+            boxes=np.array(boxes, np.float32).reshape(-1, 4) * size,
+            labels=np.array(labels, np.int64),
+        ),
+        fingerprint=mark,
+        dropped=tuple(dropped),
+    )
+
+
+def _sides(
+    found: Sequence[_Fetched],
+    config: LabelConfig,
+    database: Database,
+    project_id: int,
+    random_share: float,
+) -> dict[int, Item]:
+    items: dict[int, Item] = {}
+    for f in found:
+        names = {config.labels[i] for i in f.sample.labels.tolist()}
+        if f.task in items:
+            items[f.task].labels |= names
+            continue
+        items[f.task] = Item(
+            task=f.task,
+            name=f.name,
+            fingerprint=f.fingerprint,
+            labels=frozenset(names),
+            by_chance=is_left_to_chance(f.task, random_share),
+            clip=f.clip,
+            side=f.side,
+        )
+    # Those decided before come first, so that new ones join them and not the other way round.
+    assign(sorted(items.values(), key=lambda item: (item.clip is None, item.task)))
+    fresh = {f.task: items[f.task] for f in found if f.side is None}
+    rows = (
+        {"task": item.task, "mark": item.fingerprint, "of": item.clip, "is": item.side}
+        for item in fresh.values()
+    )
+    statement = (
+        update(Task)
+        .where(
+            Task.project_id == project_id,
+            Task.label_studio_id == bindparam("task"),
+            Task.side.is_(None),
+        )
+        .values(fingerprint=bindparam("mark"), clip=bindparam("of"), side=bindparam("is"))
+    )
+    # A few at a time, so that webhooks can be stored in between.
+    for chunk in in_chunks(rows):
+        with database.session() as session:
+            # Whoever changes tasks holds their project first: in other orders, two would wait for
+            # each other.
+            session.get_one(Project, project_id, with_for_update=True)
+            session.connection().execute(statement, chunk)
+    return items

@@ -1,0 +1,1 @@
+"""Takes jobs and runs each in a process of its own."""
