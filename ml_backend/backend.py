@@ -5,22 +5,32 @@ from __future__ import annotations
 import functools
 import tempfile
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ml_backend.audits.audits import Audits
 from ml_backend.jobs.jobs import Jobs
+from ml_backend.jobs.queue import Queue
+from ml_backend.jobs.reports import Reporter
+from ml_backend.jobs.requests import Requests
 from ml_backend.label_studio.images import DiskCache
 from ml_backend.projects.clients import LabelStudios
 from ml_backend.projects.connection_title import InStep
 from ml_backend.projects.ingest import Ingest
-from ml_backend.serving.stale_predictions import Tidy
 from ml_backend.settings import Settings, SettingsError
 from ml_backend.store.database import Database, SchemaError
 from ml_backend.store.registry import Registry
+from ml_backend.store.tables import Job
 from ml_backend.training.promotion import Versions
-from ml_backend.worker.worker import Tasks, Worker, make_queue
+from ml_backend.worker.engine import QueueEngine
+from ml_backend.worker.housekeeping import Housekeeping
+from ml_backend.worker.job_run import JobRun
+from ml_backend.worker.preparation import Preparation
+from ml_backend.worker.results import Results
+from ml_backend.worker.worker import Worker
 
 if TYPE_CHECKING:
+    from ml_backend.serving.job_parts import PredictionParts
     from ml_backend.serving.model_cache import Models
     from ml_backend.serving.predictions import Serving
 
@@ -33,13 +43,16 @@ class Backend:
 
     Args:
         settings: what the admin set.
+        report: hears of everything that would be stored, in a process that does a job: the process
+            only reads the database.
 
     Raises:
         SettingsError: `MODEL_DIR` cannot be used.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, report: Reporter | None = None) -> None:
         self.settings = settings
+        self._report = report
         try:
             settings.model_dir.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=settings.model_dir):
@@ -53,7 +66,9 @@ class Backend:
     @functools.cached_property
     def database(self) -> Database:
         """The database, at this release's schema."""
-        database = Database(self.settings.database)
+        database = Database(self.settings.database, read_only=self._report is not None)
+        if database.read_only:
+            return database
         try:
             database.migrate()
         except SchemaError as error:
@@ -75,7 +90,8 @@ class Backend:
     def label_studios(self) -> LabelStudios:
         """Clients and images by project."""
         cache = DiskCache(self.settings.model_dir / "images", self.settings.image_cache_bytes)
-        return LabelStudios(self.settings, self.database, cache)
+        note = self._report.contact if self._report is not None else None
+        return LabelStudios(self.settings, self.database, cache, note)
 
     @functools.cached_property
     def ingest(self) -> Ingest:
@@ -83,19 +99,24 @@ class Backend:
         return Ingest(self.database)
 
     @functools.cached_property
+    def queue(self) -> Queue:
+        """The queue of jobs."""
+        return Queue(self.database)
+
+    @functools.cached_property
     def jobs(self) -> Jobs:
-        """What was asked for."""
-        return Jobs(self.database, self.settings)
+        """Jobs and their states."""
+        return Jobs(self.database, self.queue)
+
+    @functools.cached_property
+    def requests(self) -> Requests:
+        """Asks for jobs."""
+        return Requests(self.database, self.queue, self.settings)
 
     @functools.cached_property
     def versions(self) -> Versions:
         """Model versions, and which is live."""
         return Versions(self.database, self.registry)
-
-    @functools.cached_property
-    def tasks(self) -> Tasks:
-        """The queue."""
-        return Tasks(make_queue(self.settings))
 
     @functools.cached_property
     def models(self) -> Models:
@@ -123,15 +144,54 @@ class Backend:
         """What people made of predictions."""
         return Audits(self.settings, self.database, self.label_studios)
 
+    def prediction_parts(self, report: Reporter) -> PredictionParts:
+        """What a job that predicts works with."""
+        from ml_backend.serving.job_parts import PredictionParts
+
+        return PredictionParts(
+            self.settings,
+            self.database,
+            self.label_studios,
+            lambda: self.serving,
+            lambda project: self.models.version(project),
+            report,
+        )
+
+    def job_run(self, job: Job, stopping: threading.Event) -> JobRun:
+        """Stores what the process of a claimed job reports."""
+        results = Results(
+            self.settings,
+            self.database,
+            self.jobs,
+            self.requests,
+            self.queue,
+            self.versions,
+            self.registry,
+        )
+        return JobRun(job, self.database, self.jobs, results, self.label_studios, stopping)
+
     def worker(self) -> Worker:
         """A worker on this backend's queue."""
         return Worker(
             self.settings,
+            self.jobs,
+            self.label_studios,
+            Preparation(self.database, self.jobs, self.ingest, self.label_studios, self.audits),
+            engine=lambda name, run: QueueEngine(self.database, name, run),
+            housekeeping=self._housekeeping,
+            job_run=self.job_run,
+        )
+
+    def _housekeeping(self, running: Callable[[], set[int]], engine: QueueEngine) -> Housekeeping:
+        return Housekeeping(
+            self.settings,
             self.database,
             self.jobs,
-            self.tasks,
+            self.requests,
+            self.label_studios,
             self.in_step,
             self.audits,
-            self.label_studios,
-            Tidy(self.database, self.label_studios, self.audits.update),
+            running=running,
+            forget=engine.forget,
+            prune=engine.prune,
         )

@@ -136,7 +136,7 @@ def serve() -> None:
     """Serve, and work: the server and a worker together, until stopped."""
     settings = _settings()
     settings.check_exposure()
-    from ml_backend.worker.supervisor import die_with_parent
+    from ml_backend.worker.processes import die_with_parent
 
     _say_what_is_missing(settings, _checked_device(settings))
     _migrate(settings)

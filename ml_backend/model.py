@@ -20,6 +20,8 @@ from ml_backend.label_studio.events import (
 )
 from ml_backend.label_studio.label_config import parse_label_config
 from ml_backend.settings import load_settings
+from ml_backend.store.states import Trigger
+from ml_backend.wording import told
 
 
 @functools.cache
@@ -90,10 +92,8 @@ class DetectorModel:
         backend = shared_backend()
         applied = backend.ingest.apply(parsed, parsed.project)
         if isinstance(parsed, TrainingRequested):
-            asked = backend.jobs.consider_training(
-                applied.project_id, trigger="button", forced=True
+            asked = backend.requests.training(
+                applied.project_id, trigger=Trigger.BUTTON, forced=True
             )
-            if asked.enqueue:
-                backend.tasks.put("train", asked.job)
-            return {"status": asked.state, "job": asked.job, "reason": asked.reason}
+            return {"status": asked.state, "job": asked.job, **told("reason", asked.reason)}
         return {"status": "stored", "changed": applied.changed}

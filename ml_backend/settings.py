@@ -9,6 +9,7 @@ import difflib
 import ipaddress
 import os
 import re
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,10 @@ DEFAULT_FILE = Path("config/default.env")
 """Read from the working directory where it exists, unless `ML_BACKEND_CONFIG` names another."""
 
 _OURS = "ML_BACKEND_"
+_REMOVED = {
+    "QUEUE_URL": "the queue lies in the database since 0.2 (DATABASE_URL): remove the setting",
+}
+"""Settings of earlier releases, with the remedy for each."""
 _UNCHECKED = {"ML_BACKEND_CONFIG"}
 
 
@@ -62,7 +67,7 @@ class Settings(BaseSettings):
     # State
     model_dir: Path = _named("MODEL_DIR", Path("data"))
     database_url: str | None = _named("DATABASE_URL", None)
-    queue_url: str | None = _named("QUEUE_URL", None)
+    host_name: str = _named("ML_BACKEND_HOST_NAME", "")
 
     # The detector
     preset: str = _named("ML_BACKEND_PRESET", "auto")
@@ -90,6 +95,7 @@ class Settings(BaseSettings):
     strategy: Literal["diverse", "uncertainty", "random"] = _named("ML_BACKEND_STRATEGY", "diverse")
     random_share: float = _named("ML_BACKEND_RANDOM_SHARE", 0.1, ge=0, le=1)
     auto_label: bool = _named("ML_BACKEND_AUTO_LABEL", True)
+    auto_label_shard: int = _named("ML_BACKEND_AUTO_LABEL_SHARD", 2000, ge=1)
     blind_share: float = _named("ML_BACKEND_BLIND_SHARE", 0.0, ge=0, le=0.5)
 
     # What people's work costs, in seconds
@@ -171,13 +177,6 @@ class Settings(BaseSettings):
             raise ValueError("must be like postgresql://user:password@host:5432/name") from None
         return value
 
-    @field_validator("queue_url")
-    @classmethod
-    def _queue(cls, value: str | None) -> str | None:
-        if value is not None and not value.startswith(("redis://", "rediss://", "sqlite:///")):
-            raise ValueError("must begin with redis://, rediss:// or sqlite:///")
-        return value
-
     @model_validator(mode="after")
     def _both_or_neither(self) -> Settings:
         if (self.basic_auth_user is None) != (self.basic_auth_pass is None):
@@ -207,6 +206,11 @@ class Settings(BaseSettings):
     def database(self) -> str:
         """SQLAlchemy URL of the database; a SQLite file below `model_dir` by default."""
         return self.database_url or f"sqlite:///{self.model_dir.absolute() / 'ml-backend.db'}"
+
+    @property
+    def this_host(self) -> str:
+        """Name of this host, as jobs and locks carry it."""
+        return self.host_name or socket.gethostname()
 
     @property
     def basic_auth(self) -> tuple[str, str] | None:
@@ -284,6 +288,9 @@ def load_settings(environ: Mapping[str, str] | None = None, **overrides: Any) ->
         raise SettingsError(f"ML_BACKEND_CONFIG: there is no file {file}")
     from_file = {k: v for k, v in dotenv_values(file).items() if v} if file.is_file() else {}
 
+    for name, remedy in _REMOVED.items():
+        if environ.get(name) or name in from_file:
+            raise SettingsError(f"{name}: {remedy}")
     for name in from_file:
         if name not in names:
             raise SettingsError(_unknown(name, names, f" in {file}"))

@@ -23,6 +23,7 @@ from ml_backend.detection.presets import preset_named
 from ml_backend.detection.types import FloatArray
 from ml_backend.label_studio.images import ImageSource, ImageUnavailable
 from ml_backend.label_studio.label_config import LabelConfig
+from ml_backend.reasons import Code, Reason, reason
 from ml_backend.settings import Settings
 from ml_backend.store.tables import UNTRAINED
 
@@ -39,7 +40,7 @@ def cold_start(
     images: ImageSource,
     tasks: Iterable[dict[str, Any]],
     count: int,
-    on_progress: Callable[[float, str], None],
+    on_progress: Callable[[float, Reason], None],
 ) -> list[dict[str, Any]]:
     """Chooses the tasks to begin with: see `acquisition.farthest_first`.
 
@@ -49,7 +50,7 @@ def cold_start(
         images: where its images come from.
         tasks: with `id` and `data`, as many as there are; they are passed over once.
         count: how many are wanted.
-        on_progress: told the fraction done and a sentence.
+        on_progress: told the fraction done and how far that is.
 
     Returns:
         For each chosen task a prediction to import, without a region: `task`, `result`, `score`
@@ -87,7 +88,7 @@ def cold_start(
             if found.embedding is not None:
                 numbers.append(task["id"])
                 rows.append(found.embedding)
-            on_progress(done / len(drawn), f"looked at {done + 1} of {len(drawn)} images")
+            on_progress(done / len(drawn), reason(Code.CHOOSING, done=done + 1, total=len(drawn)))
     chosen = farthest_first(np.stack(rows), count) if rows else []
     return [
         {

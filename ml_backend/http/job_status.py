@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from ml_backend.http.errors import BadRequest
 from ml_backend.http.request import backend, read_body
+from ml_backend.wording import told
 
 blueprint = Blueprint("job_status", __name__)
 
@@ -30,7 +31,7 @@ def job_status() -> dict[str, Any]:
         "job": job.id,
         "kind": job.kind,
         "job_status": job.state,
-        "reason": job.reason,
+        **told("reason", job.reason),
         "progress": round(job.progress, 3),
         "created_at": job.created_at.isoformat(),
         "finished_at": job.finished_at.isoformat() if job.finished_at else None,

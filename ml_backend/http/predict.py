@@ -87,8 +87,7 @@ def predict() -> dict[str, Any]:
 def _hand_over(project: Project, tasks: list[dict[str, Any]], what: str) -> None:
     """Leaves tasks to the worker; what is predicted by then is answered, even where that fails."""
     try:
-        job = backend().jobs.hand_over_predictions(project.id, tasks)
-        backend().tasks.put("predict", job)
+        job = backend().requests.deferred_predictions(project.id, tasks)
     except (DatabaseError, sqlite3.DatabaseError) as error:
         if not is_outside(error):
             raise

@@ -8,6 +8,8 @@ from flask import Blueprint
 from pydantic import BaseModel
 
 from ml_backend.http.request import backend, find_project, read_body
+from ml_backend.store.states import JobState, Trigger
+from ml_backend.wording import told
 
 blueprint = Blueprint("train", __name__)
 
@@ -22,8 +24,6 @@ class Train(BaseModel):
 def train() -> tuple[dict[str, Any], int]:
     """Answers the job and, in words, what became of the request."""
     project = find_project(str(read_body(Train).project))
-    asked = backend().jobs.consider_training(project.id, trigger="command", forced=True)
-    if asked.enqueue:
-        backend().tasks.put("train", asked.job)
-    status = 409 if asked.state == "refused" else 201
-    return {"job": asked.job, "status": asked.state, "reason": asked.reason}, status
+    asked = backend().requests.training(project.id, trigger=Trigger.COMMAND, forced=True)
+    status = 409 if asked.state == JobState.REFUSED else 201
+    return {"job": asked.job, "status": asked.state, **told("reason", asked.reason)}, status

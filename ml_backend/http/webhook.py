@@ -9,6 +9,8 @@ from flask import Blueprint
 from ml_backend.http.request import backend, read_json
 from ml_backend.label_studio.events import Ignored, TrainingRequested, parse_event
 from ml_backend.serving.counters import WEBHOOKS
+from ml_backend.store.states import Trigger
+from ml_backend.wording import told
 
 blueprint = Blueprint("webhook", __name__)
 
@@ -24,8 +26,6 @@ def webhook() -> dict[str, Any]:
         return {"status": "ignored", "action": event.action}
     applied = backend().ingest.apply(event, event.project)
     if isinstance(event, TrainingRequested):
-        asked = backend().jobs.consider_training(applied.project_id, trigger="button", forced=True)
-        if asked.enqueue:
-            backend().tasks.put("train", asked.job)
-        return {"status": asked.state, "job": asked.job, "reason": asked.reason}
+        asked = backend().requests.training(applied.project_id, trigger=Trigger.BUTTON, forced=True)
+        return {"status": asked.state, "job": asked.job, **told("reason", asked.reason)}
     return {"status": "stored", "changed": applied.changed}

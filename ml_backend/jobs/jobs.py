@@ -1,41 +1,32 @@
-"""Jobs: everything that was asked for is a row with a state and a reason that people can read."""
+"""Jobs: every piece of work is a row with a state and a reason that people can read.
+
+The queue decides which worker runs a job. A worker claims the job when it starts, and each of its
+writes carries the claim: a run that was taken for dead writes nothing any more.
+"""
 
 from __future__ import annotations
 
+import secrets
+from collections.abc import Collection
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import select, update
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, undefer
 
-from ml_backend.jobs.schedule import Decision, Situation, decide
-from ml_backend.projects.ingest import annotated_tasks, changes_since
-from ml_backend.settings import Settings
+from ml_backend.jobs.outcomes import TakenOver
+from ml_backend.jobs.queue import Queue, entry_id
+from ml_backend.reasons import Code, Reason, reason
 from ml_backend.store.database import Database
-from ml_backend.store.tables import UNTRAINED, Annotation, Job, Project, Task, now
+from ml_backend.store.states import ACTIVE, JobKind, JobState
+from ml_backend.store.tables import Job, now
 
 ATTEMPTS = 3
 """How often a job that crashes is tried."""
 
 STALE_AFTER = timedelta(seconds=30)
-"""A running job without a heartbeat for so long lost its worker."""
-
-ACTIVE = ("waiting", "queued", "running")
-
-NEW_TASKS_DELAY = timedelta(seconds=10)
-"""New tasks come in several events: they are predicted together, so long after the first."""
-
-FIRST_TASKS = 100
-"""Tasks that are chosen to begin with, before any model: by then there will have been trainings."""
-
-STILL_OPEN = timedelta(minutes=15)
-"""Predictions of older versions are removed so long after the new ones are there: Label Studio
-refuses to save what somebody began with a prediction that is gone by then."""
-
-
-class TakenOver(Exception):
-    """Another run has the job: this one was silent, and taken for dead."""
+"""A running job without a heartbeat for so long has lost its worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,446 +36,301 @@ class Asked:
     Attributes:
         job: the job's id.
         state: its state.
-        reason: in words.
-        enqueue: whether it has just become due and must be handed to the queue.
+        reason: why it is in this state.
     """
 
     job: int
-    state: str
-    reason: str
-    enqueue: bool
+    state: JobState
+    reason: Reason
+
+    @classmethod
+    def of(cls, job: Job) -> Asked:
+        """The answer for a job as it is."""
+        return cls(job.id, job.state, job.reason)
 
 
 class Jobs:
-    """Creates jobs and moves them from state to state, each move one transaction."""
+    """Moves jobs from state to state, each move one transaction."""
 
-    def __init__(self, database: Database, settings: Settings) -> None:
+    def __init__(self, database: Database, queue: Queue) -> None:
         self._database = database
-        self._settings = settings
-
-    def consider_training(
-        self, project_id: int, *, trigger: str = "webhook", forced: bool = False
-    ) -> Asked:
-        """Decides what a project's training should do now, and makes the job say so.
-
-        One training job of a project is active at a time. What changes while it runs leads to
-        the next, since it counts as changed after the revision that the running one saw. One that
-        was refused or failed is begun again when an annotation changes or somebody asks for it.
-        """
-        # Counted before the writing begins: meanwhile, webhooks must be able to write.
-        with self._database.reading() as session:
-            counted = _count(session, session.get_one(Project, project_id))
-        with self._database.session() as session:
-            # The row's lock: two workers must not both create the job.
-            project = session.get_one(Project, project_id, with_for_update=True)
-            if project.trained_revision != counted.trained_revision:
-                counted = _count(session, project)
-            job = _active_training(session, project_id)
-            if job is not None and job.state == "running":
-                return Asked(
-                    job.id,
-                    job.state,
-                    f"a training is running already, at {job.progress:.0%}; "
-                    "what changes meanwhile leads to the next one",
-                    enqueue=False,
-                )
-            if job is not None and job.state == "queued":
-                # One that was put off is begun at once where somebody asks.
-                at_once = forced and job.not_before is not None
-                if at_once:
-                    job.not_before = None
-                    job.heartbeat_at = now()
-                return Asked(job.id, job.state, job.reason, enqueue=at_once)
-            fruitless = _fruitless_training(session, project) if job is None else None
-            if fruitless is not None and not forced:
-                return Asked(fruitless.id, fruitless.state, fruitless.reason, enqueue=False)
-            decision = decide(
-                _situation(project, job, counted),
-                moment=now(),
-                every=self._settings.train_every,
-                growth=self._settings.train_growth,
-                minimum=self._settings.train_min,
-                delay=self._settings.train_delay,
-                forced=forced,
-            )
-            if job is None:
-                job = Job(project_id=project_id, kind="train", trigger=trigger, payload={})
-                session.add(job)
-            if forced:
-                job.trigger = trigger
-            _follow(job, decision)
-            session.flush()
-            return Asked(job.id, job.state, job.reason, enqueue=job.state == "queued")
-
-    def consider_autolabel(
-        self, project_id: int, *, trigger: str = "promotion", forced: bool = False
-    ) -> Asked | None:
-        """Decides whether a project's tasks without an annotation must be predicted now.
-
-        By itself that happens once for each live version, and again for tasks that have arrived
-        since; before the first version, until enough are chosen to begin with. One such job of a
-        project is active at a time; a running one sees at its next step that another version is
-        live, and ends, and the next begins.
-
-        Returns:
-            The job; None where there is nothing to do.
-        """
-        with self._database.session() as session:
-            # The row's lock: two workers must not both create the job.
-            project = session.get_one(Project, project_id, with_for_update=True)
-            before = _newest(session, project_id, "autolabel")
-            if before is not None and before.state in ACTIVE:
-                put_off = before.state == "queued" and before.not_before is not None
-                # It waits for more tasks, unless somebody asks or a version has come.
-                outdated = project.live_version is not None and before.version is None
-                at_once = put_off and (forced or outdated)
-                if outdated and put_off:
-                    before.trigger = trigger
-                    before.reason = f"{project.live_version} is live"
-                if at_once:
-                    before.not_before = None
-                    before.heartbeat_at = now()
-                return Asked(before.id, before.state, before.reason, enqueue=at_once)
-            newest = before.payload.get("newest_task", 0) if before is not None else 0
-            arrived = tasks_arrived(session, project_id, newest)
-            chosen = before.payload.get("imported", 0) if before is not None else 0
-            payload: dict[str, Any] = {"newest_task": arrived or newest}
-            if project.live_version is None:
-                payload |= {"version": UNTRAINED, "imported": chosen}
-            not_before = None
-            reason = f"asked for, with {project.version}"
-            if not forced:
-                version = project.live_version or UNTRAINED
-                reason = f"{version} is live"
-                if project.live_version is None:
-                    if chosen >= FIRST_TASKS or (before is not None and not arrived):
-                        return None
-                    trigger = "tasks"
-                    reason = "the first tasks are chosen, for how they differ"
-                    not_before = now() + NEW_TASKS_DELAY
-                elif before is not None and before.version == version:
-                    if not arrived:
-                        return None
-                    trigger = "tasks"
-                    reason = "new tasks have arrived"
-                    not_before = now() + NEW_TASKS_DELAY
-            job = Job(
-                project_id=project_id,
-                kind="autolabel",
-                state="queued",
-                trigger=trigger,
-                reason=reason,
-                version=project.live_version,
-                payload=payload,
-                not_before=not_before,
-                heartbeat_at=now(),
-            )
-            session.add(job)
-            session.flush()
-            return Asked(job.id, job.state, job.reason, enqueue=not_before is None)
-
-    def plan_tidying(self, project_id: int, versions: list[str]) -> int:
-        """A job that removes predictions of older versions, once nobody works with them any more.
-
-        Args:
-            project_id: the project.
-            versions: the versions whose predictions go.
-        """
-        at = now() + STILL_OPEN
-        with self._database.session() as session:
-            session.get_one(Project, project_id, with_for_update=True)
-            job = _newest(session, project_id, "tidy")
-            if job is None or job.state != "queued":
-                job = Job(project_id=project_id, kind="tidy", state="queued", trigger="autolabel")
-                session.add(job)
-            job.payload = {"versions": versions}
-            job.not_before = at
-            job.heartbeat_at = now()
-            job.reason = (
-                f"predictions of older versions are removed at {at:%H:%M:%S} UTC: what somebody "
-                "has open may have begun with one"
-            )
-            session.flush()
-            return job.id
-
-    def hand_over_predictions(self, project_id: int, tasks: list[dict[str, Any]]) -> int:
-        """A job for tasks that a request left over: at its deadline, or because others ran."""
-        with self._database.session() as session:
-            job = Job(
-                project_id=project_id,
-                kind="predict",
-                state="queued",
-                trigger="predict",
-                reason=f"{len(tasks)} tasks left over by a request for predictions",
-                payload={"tasks": tasks},
-                heartbeat_at=now(),
-            )
-            session.add(job)
-            session.flush()
-            return job.id
-
-    def claim(self, job_id: int) -> Job | None:
-        """Takes a queued job that is due; None where another worker has it or it is not due."""
-        with self._database.session() as session:
-            claimed = session.execute(
-                update(Job)
-                .where(
-                    Job.id == job_id,
-                    Job.state == "queued",
-                    (Job.not_before.is_(None)) | (Job.not_before <= now()),
-                )
-                .values(
-                    state="running",
-                    attempt=Job.attempt + 1,
-                    progress=0.0,
-                    started_at=now(),
-                    heartbeat_at=now(),
-                    finished_at=None,
-                )
-                .returning(Job.id)
-            ).scalar()
-            return session.get_one(Job, job_id) if claimed is not None else None
-
-    def beat(self, job_id: int) -> None:
-        """Says that the worker of a running job lives."""
-        self._change(job_id, heartbeat_at=now())
-
-    def progress(self, job_id: int, fraction: float, reason: str) -> None:
-        """Says how far a running job is."""
-        self._change(job_id, progress=fraction, reason=reason, heartbeat_at=now())
-
-    def advance(self, job: Job, fraction: float, reason: str, **values: Any) -> None:
-        """Says how far a running job is; since it comes on, its attempts count anew.
-
-        Args:
-            job: the job, as it was claimed.
-            fraction: of it that is done.
-            reason: the same in words.
-            values: other columns that are saved with it.
-
-        Raises:
-            TakenOver: it is this run's no more.
-        """
-        self.hold(job, progress=fraction, reason=reason, attempt=1, **values)
-
-    def hold(self, job: Job, **values: Any) -> None:
-        """Makes sure that a running job is still that of the run that claimed it.
-
-        Args:
-            job: the job, as it was claimed.
-            values: columns that are saved if it is.
-
-        Raises:
-            TakenOver: it is this run's no more.
-        """
-        if not self._change_held(job, heartbeat_at=now(), **values):
-            raise TakenOver
-
-    def finish(self, job_id: int, state: str, reason: str, *, version: str | None = None) -> None:
-        """Ends a job as `done`, `failed` or `refused`."""
-        progress = {"progress": 1.0} if state == "done" else {}
-        self._change(
-            job_id, state=state, reason=reason, version=version, finished_at=now(), **progress
-        )
-
-    def try_again(self, job_id: int, why: str, *, wait: float, counts: bool = True) -> bool:
-        """Puts a running job back, or fails it after too many attempts.
-
-        One that has ended, or was put back already, stays as it is: a process may crash after its
-        work is done.
-
-        Args:
-            job_id: the job.
-            why: what went wrong, in words.
-            wait: seconds before it may be claimed again.
-            counts: whether the attempt counts; a stop of the worker is not the job's fault.
-
-        Returns:
-            Whether it was put back.
-        """
-        with self._database.reading() as session:
-            job = session.get_one(Job, job_id)
-        values = _again(job, why, wait=wait, counts=counts)
-        return self._change_held(job, **values) and values["state"] == "queued"
-
-    def due(self) -> list[tuple[int, str]]:
-        """Id and kind of the queued jobs that are due and may not be in the queue any more."""
-        with self._database.reading() as session:
-            rows = session.execute(
-                select(Job.id, Job.kind).where(
-                    Job.state == "queued",
-                    (Job.not_before.is_(None)) | (Job.not_before <= now()),
-                    Job.heartbeat_at < now() - timedelta(seconds=10),
-                )
-            )
-            return [(number, kind) for number, kind in rows]
-
-    def touch(self, job_id: int) -> None:
-        """Says that a queued job was handed to the queue just now."""
-        self._change(job_id, heartbeat_at=now())
-
-    def recover(self) -> list[int]:
-        """Puts back the jobs whose worker died; answers their ids."""
-        with self._database.session() as session:
-            lost = session.scalars(
-                select(Job)
-                .where(Job.state == "running", Job.heartbeat_at < now() - STALE_AFTER)
-                .with_for_update(skip_locked=True)
-            ).all()
-            for job in lost:
-                values = _again(job, "its worker was stopped", wait=0, counts=True)
-                session.execute(update(Job).where(Job.id == job.id).values(**values))
-            return [job.id for job in lost]
+        self._queue = queue
 
     def get(self, job_id: int) -> Job | None:
-        """One job."""
+        """Reads one job, without its payload."""
         with self._database.reading() as session:
             return session.get(Job, job_id)
 
-    def waiting_until(self, project_id: int) -> datetime | None:
-        """When the waiting training of a project is due, where its quiet time runs."""
+    def claim(self, job_id: int, run: int, host: str) -> Job | None:
+        """Takes a job for a run of it; answers the job with its payload and the new claim.
+
+        A job that runs already under the same run is taken over: the queue starts a run again only
+        when the worker that had it is gone.
+
+        Args:
+            job_id: the job.
+            run: the run that the queue started.
+            host: where the worker runs.
+
+        Returns:
+            The job; None where the entry is out of date, or the job failed for good by now.
+        """
+        with self._database.session() as session:
+            job = session.get(Job, job_id, with_for_update=True, options=[undefer(Job.payload)])
+            if (
+                job is None
+                or job.run != run
+                or job.state
+                not in (
+                    JobState.QUEUED,
+                    JobState.RUNNING,
+                )
+            ):
+                return None
+            if job.state == JobState.RUNNING and job.attempt >= ATTEMPTS:
+                _give_up(job, reason(Code.WORKER_LOST))
+                return None
+            job.state = JobState.RUNNING
+            job.claim = secrets.token_hex(16)
+            job.host = host
+            job.attempt += 1
+            job.progress = 0.0
+            job.started_at = job.heartbeat_at = now()
+            job.not_before = job.finished_at = None
+            return job
+
+    def claimed(self, job_id: int, claim: str) -> Job | None:
+        """Reads a job with its payload; None where the claim does not hold any more."""
         with self._database.reading() as session:
-            job = _active_training(session, project_id)
-            return job.not_before if job is not None and job.state == "waiting" else None
-
-    def _change_held(self, job: Job, **values: Any) -> bool:
-        """Changes a job if it runs still, and by the run that claimed it."""
-        return bool(
-            self._database.change(
-                update(Job)
-                .where(Job.id == job.id, Job.state == "running", Job.started_at == job.started_at)
-                .values(**values)
+            return session.scalar(
+                select(Job)
+                .where(Job.id == job_id, Job.claim == claim, Job.state == JobState.RUNNING)
+                .options(undefer(Job.payload))
             )
+
+    def holds(self, job_id: int, claim: str) -> bool:
+        """Whether a claim still holds; writes nothing."""
+        with self._database.reading() as session:
+            held = session.scalar(
+                select(Job.claim).where(Job.id == job_id, Job.state == JobState.RUNNING)
+            )
+            return held == claim
+
+    def beat(self, job: Job) -> None:
+        """Notes that the worker of a claimed job lives.
+
+        Raises:
+            TakenOver: another run has the job.
+        """
+        self._write(job)
+
+    def progress(self, job: Job, fraction: float, why: Reason) -> None:
+        """Notes how far a claimed job is.
+
+        Args:
+            job: the job, as it was claimed.
+            fraction: of it that is done, in `[0, 1]`.
+            why: the same as a reason.
+
+        Raises:
+            TakenOver: another run has the job.
+        """
+        self._write(job, progress=fraction, reason=why)
+
+    def advance(
+        self,
+        job: Job,
+        fraction: float,
+        why: Reason,
+        checkpoint: dict[str, Any],
+        version: str | None = None,
+    ) -> None:
+        """Notes how far a claimed job is, with a checkpoint; its attempts count anew from here.
+
+        Args:
+            job: the job, as it was claimed.
+            fraction: of it that is done, in `[0, 1]`.
+            why: the same as a reason.
+            checkpoint: what the next run goes on from.
+            version: the model version that works on it.
+
+        Raises:
+            TakenOver: another run has the job.
+        """
+        values = {} if version is None else {"version": version}
+        self._write(job, progress=fraction, reason=why, checkpoint=checkpoint, attempt=1, **values)
+
+    def finish(
+        self,
+        job: Job,
+        state: JobState,
+        why: Reason,
+        *,
+        version: str | None = None,
+        session: Session | None = None,
+    ) -> None:
+        """Ends a claimed job.
+
+        Args:
+            job: the job, as it was claimed.
+            state: `DONE`, `FAILED` or `REFUSED`.
+            why: what came of it.
+            version: the model version that was made or that predicted.
+            session: the transaction to end it in, along with what else is written.
+
+        Raises:
+            TakenOver: another run has the job.
+        """
+        values: dict[str, Any] = {"state": state, "reason": why, "finished_at": now()}
+        if state == JobState.DONE:
+            values["progress"] = 1.0
+        if version is not None:
+            values["version"] = version
+        if session is None:
+            with self._database.session() as own:
+                _write(own, job, claim=None, **values)
+                self._after_shard(own, job)
+            return
+        _write(session, job, claim=None, **values)
+        self._after_shard(session, job)
+
+    def put_back(self, job: Job, why: Reason, *, wait: float, counts: bool = True) -> JobState:
+        """Puts a claimed job back into the queue, or fails it after too many attempts.
+
+        Args:
+            job: the job, as it was claimed.
+            why: what went wrong.
+            wait: seconds before a worker may take it again.
+            counts: whether the attempt counts; a stop of the worker is not the job's fault.
+
+        Returns:
+            The job's state: `QUEUED` or `FAILED`.
+
+        Raises:
+            TakenOver: another run has the job.
+        """
+        with self._database.session() as session:
+            held = _held(session, job)
+            return self._put_back(session, held, why, wait=wait, counts=counts)
+
+    def wait_for_shards(
+        self, session: Session, job: Job, why: Reason, checkpoint: dict[str, Any]
+    ) -> None:
+        """Lets a claimed auto-labelling wait until all of its shards have ended.
+
+        Raises:
+            TakenOver: another run has the job.
+        """
+        _write(
+            session,
+            job,
+            state=JobState.WAITING,
+            claim=None,
+            reason=why,
+            checkpoint=checkpoint,
+            progress=0.0,
+            attempt=0,
         )
 
-    def _change(self, job_id: int, **values: Any) -> None:
-        self._database.change(update(Job).where(Job.id == job_id).values(**values))
+    def recover(self, mine: Collection[int] = ()) -> list[str]:
+        """Puts back the jobs whose worker died on another host.
 
+        Args:
+            mine: jobs that this process runs; their heartbeats may be late where the database was
+                locked.
 
-@dataclass(frozen=True, slots=True)
-class _Counted:
-    """What a decision about a training counts.
+        Returns:
+            Entries of the queue that nobody works on any more.
+        """
+        with self._database.reading() as session:
+            silent = session.scalars(
+                select(Job.id).where(
+                    Job.state == JobState.RUNNING, Job.heartbeat_at < now() - STALE_AFTER
+                )
+            ).all()
+        lost: list[tuple[int, int]] = []
+        for number in silent:
+            if number in mine:
+                continue
+            with self._database.session() as session:
+                job = session.scalar(
+                    select(Job)
+                    .where(
+                        Job.id == number,
+                        Job.state == JobState.RUNNING,
+                        Job.heartbeat_at < now() - STALE_AFTER,
+                    )
+                    .with_for_update(skip_locked=True)
+                )
+                if job is None:
+                    continue
+                lost.append((job.id, job.run))
+                self._put_back(session, job, reason(Code.WORKER_LOST), wait=0, counts=True)
+        return [entry_id(number, run) for number, run in lost]
 
-    Attributes:
-        trained_revision: the project's revision that the newest training saw.
-        annotated: tasks with an annotation to learn from.
-        changes: annotations new or changed since that revision.
-    """
+    def _put_back(
+        self, session: Session, job: Job, why: Reason, *, wait: float, counts: bool
+    ) -> JobState:
+        job.claim = None
+        if not counts:
+            job.attempt -= 1
+        if job.attempt >= ATTEMPTS:
+            _give_up(job, why)
+            self._after_shard(session, job)
+            return job.state
+        job.state = JobState.QUEUED
+        job.reason = reason(Code.TRIED_AGAIN, why=why, attempt=job.attempt + 1, attempts=ATTEMPTS)
+        job.not_before = now() + timedelta(seconds=wait) if wait else None
+        self._queue.put(session, job, wait=wait)
+        return job.state
 
-    trained_revision: int
-    annotated: int
-    changes: int
+    def _after_shard(self, session: Session, job: Job) -> None:
+        """Tells an auto-labelling that one of its shards has ended; after the last it goes on."""
+        if job.kind != JobKind.AUTOLABEL_SHARD or job.parent_id is None:
+            return
+        session.flush()
+        parent = session.get_one(Job, job.parent_id, with_for_update=True)
+        if parent.state != JobState.WAITING:
+            return
+        states = session.execute(select(Job.id, Job.state).where(Job.parent_id == parent.id)).all()
+        ended = sum(state not in ACTIVE for _, state in states)
+        parent.reason = reason(Code.SHARDS_RUN, done=ended, total=len(states))
+        parent.progress = ended / len(states)
+        if ended == len(states):
+            parent.state = JobState.QUEUED
+            self._queue.put(session, parent)
 
-
-def _count(session: Session, project: Project) -> _Counted:
-    return _Counted(
-        project.trained_revision,
-        annotated_tasks(session, project.id),
-        changes_since(session, project.id, project.trained_revision),
-    )
-
-
-def _situation(project: Project, job: Job | None, counted: _Counted) -> Situation:
-    enough = job.payload.get("enough_since") if job is not None else None
-    return Situation(
-        annotated=counted.annotated,
-        changes=counted.changes,
-        last_change=project.changed_at,
-        enough_since=datetime.fromisoformat(enough) if enough else None,
-        trained_before=counted.trained_revision > 0,
-    )
-
-
-def tasks_arrived(session: Session, project_id: int, since: int) -> int | None:
-    """Row of the newest task without an annotation among those heard of after row `since`."""
-    annotated = (
-        select(Annotation.id)
-        .where(Annotation.project_id == project_id, Annotation.task_id == Task.label_studio_id)
-        .exists()
-    )
-    return session.scalar(
-        select(Task.id)
-        .where(
-            Task.project_id == project_id,
-            Task.id > since,
-            Task.deleted_at.is_(None),
-            ~annotated,
+    def _write(self, job: Job, **values: Any) -> None:
+        changed = self._database.change(
+            update(Job)
+            .where(Job.id == job.id, Job.state == JobState.RUNNING, Job.claim == job.claim)
+            .values(heartbeat_at=now(), **values)
         )
-        .order_by(Task.id.desc())
-        .limit(1)
-    )
+        if not changed:
+            raise TakenOver
 
 
-def _newest(session: Session, project_id: int, kind: str) -> Job | None:
-    return session.scalar(
+def _held(session: Session, job: Job) -> Job:
+    held = session.scalar(
         select(Job)
-        .where(Job.project_id == project_id, Job.kind == kind)
-        .order_by(Job.id.desc())
-        .limit(1)
+        .where(Job.id == job.id, Job.state == JobState.RUNNING, Job.claim == job.claim)
+        .with_for_update()
     )
+    if held is None:
+        raise TakenOver
+    return held
 
 
-def _active_training(session: Session, project_id: int) -> Job | None:
-    return session.scalar(
-        select(Job)
-        .where(Job.project_id == project_id, Job.kind == "train", Job.state.in_(ACTIVE))
-        .order_by(Job.id.desc())
-    )
+def _write(session: Session, job: Job, **values: Any) -> None:
+    held = _held(session, job)
+    for name, value in values.items():
+        setattr(held, name, value)
+    held.heartbeat_at = now()
+    session.flush()
 
 
-def _fruitless_training(session: Session, project: Project) -> Job | None:
-    """The newest training, where it came to nothing and no annotation has changed since.
-
-    Begun again by itself it would come to nothing again, for ever.
-    """
-    job = session.scalar(
-        select(Job)
-        .where(Job.project_id == project.id, Job.kind == "train")
-        .order_by(Job.id.desc())
-        .limit(1)
-    )
-    if job is None or job.state not in ("refused", "failed") or job.started_at is None:
-        return None
-    changed = project.changed_at is not None and project.changed_at > job.started_at
-    return None if changed else job
-
-
-def _follow(job: Job, decision: Decision) -> None:
-    job.reason = decision.reason
-    job.not_before = decision.at
-    job.heartbeat_at = now()
-    match decision.action:
-        case "start":
-            job.state = "queued"
-            job.not_before = None
-        case "refuse":
-            job.state = "refused"
-            job.finished_at = now()
-        case "pause":
-            job.state = "waiting"
-            job.payload = {
-                **job.payload,
-                "enough_since": job.payload.get("enough_since") or now().isoformat(),
-            }
-        case "wait":
-            job.state = "waiting"
-            job.payload = {k: v for k, v in job.payload.items() if k != "enough_since"}
-
-
-def _again(job: Job, why: str, *, wait: float, counts: bool) -> dict[str, Any]:
-    """What a job becomes that is put back, or fails after too many attempts."""
-    attempt = job.attempt if counts else job.attempt - 1
-    if attempt >= ATTEMPTS:
-        return {
-            "attempt": attempt,
-            "state": "failed",
-            "reason": f"failed after {attempt} attempts: {why}",
-            "finished_at": now(),
-        }
-    return {
-        "attempt": attempt,
-        "state": "queued",
-        "reason": f"{why}; tried again (attempt {attempt + 1} of {ATTEMPTS})",
-        "not_before": now() + timedelta(seconds=wait),
-        "heartbeat_at": now(),
-    }
+def _give_up(job: Job, why: Reason) -> None:
+    job.state = JobState.FAILED
+    job.claim = None
+    job.reason = reason(Code.GAVE_UP, attempts=job.attempt, why=why)
+    job.finished_at = now()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+from collections.abc import Callable
 
 from sqlalchemy import update
 
@@ -30,16 +31,24 @@ class LabelStudios:
         settings: address and token of the Label Studio that an admin named.
         database: remembers which projects are there.
         cache: disk cache of images, shared by all sources.
+        note: receives address, kind of failure and detail of what a Label Studio answered, where
+            this process does not write to the database itself.
 
     Attributes:
         contacts: how each of them answers.
     """
 
-    def __init__(self, settings: Settings, database: Database, cache: DiskCache) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        cache: DiskCache,
+        note: Callable[[str, str, str], None] | None = None,
+    ) -> None:
         self._settings = settings
         self._database = database
         self._cache = cache
-        self.contacts = Contacts(database)
+        self.contacts = Contacts(database, note)
         self._lock = threading.Lock()
         self._clients: dict[tuple[str, str], LabelStudioClient] = {}
         self._sources: dict[tuple[str | None, str | None, str | None], ImageSource] = {}
@@ -63,6 +72,11 @@ class LabelStudios:
         """Seconds after which a project's Label Studio, which fails, is worth asking again."""
         client = self.client(project)
         return self.contacts.wait(client.url if client else project.url or "")
+
+    def wait_for(self, project_id: int) -> float:
+        """Seconds after which the Label Studio of a project, which fails, is worth asking again."""
+        with self._database.reading() as session:
+            return self.wait(session.get_one(Project, project_id))
 
     def images(self, project: Project) -> ImageSource:
         """Reads the images of a project's tasks."""
@@ -105,6 +119,8 @@ class LabelStudios:
             _log.warning("whether %s holds project %s: %s", client.url, project.key, error)
             return project.url is None or project.url == client.url
         project.is_default = found
+        if self._database.read_only:
+            return found
         with self._database.session() as session:
             session.execute(
                 update(Project).where(Project.id == project.id).values(is_default=found)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -31,10 +32,14 @@ class Contacts:
 
     Args:
         database: where it is noted.
+        note: receives the notes instead, where this process does not write to the database.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(
+        self, database: Database, note: Callable[[str, str, str], None] | None = None
+    ) -> None:
         self._database = database
+        self._note = note or self.write
         self._lock = threading.Lock()
         self._noted: dict[str, tuple[str, float]] = {}
 
@@ -49,12 +54,7 @@ class Contacts:
             if kind == before and time.monotonic() < at + _NOTE_EVERY:
                 return
             self._noted[url] = kind, time.monotonic()
-        try:
-            self._write(url, kind, str(failure) if failure is not None else "")
-        except DatabaseError as error:
-            if not is_outside(error):
-                raise
-            _log.warning("how %s answers is not noted: %s", url, error.orig)
+        self._note(url, kind, str(failure) if failure is not None else "")
 
     def wait(self, url: str) -> float:
         """Seconds after which one that fails is worth asking again: as long as it has failed."""
@@ -68,7 +68,14 @@ class Contacts:
         with self._database.reading() as session:
             return list(session.scalars(select(Contact).order_by(Contact.url)))
 
-    def _write(self, url: str, kind: str, detail: str) -> None:
+    def write(self, url: str, kind: str, detail: str) -> None:
+        """Stores how a Label Studio answered.
+
+        Args:
+            url: its address.
+            kind: of the failure, as `/metrics` names it; empty where it did what was asked.
+            detail: the same in words.
+        """
         moment: dict[str, Any] = {"failing_since": now()} if kind else {"answered_at": now()}
         values = {"url": url, "failure": kind, "detail": detail, **moment}
         statement = self._database.insert(Contact).values(values)
@@ -76,4 +83,11 @@ class Contacts:
         if kind:
             since = statement.excluded.failing_since
             changed["failing_since"] = func.coalesce(Contact.failing_since, since)
-        self._database.change(statement.on_conflict_do_update(index_elements=["url"], set_=changed))
+        try:
+            self._database.change(
+                statement.on_conflict_do_update(index_elements=["url"], set_=changed)
+            )
+        except DatabaseError as error:
+            if not is_outside(error):
+                raise
+            _log.warning("how %s answers is not noted: %s", url, error.orig)

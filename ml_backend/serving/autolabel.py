@@ -1,152 +1,129 @@
-"""Labels the rest: every task without an annotation gets a prediction of the live version.
+"""Predicts every task that nobody has annotated, and imports the predictions.
 
-Tasks are read a page at a time, in the order of their ids; how far a job came is saved after each
-page, so that it goes on there whatever ends its process. Runs in a process of its own
-(`supervisor`).
+A prediction holds whatever becomes of the job: killed at any moment, the job goes on after the last
+page whose import is known, and Label Studio is asked again before each import, so that no task gets
+two predictions of one version. The tasks of a large project are given to shards, which several
+workers take.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+from sqlalchemy import select
 
 from ml_backend.acquisition.cold_start import cold_start
-from ml_backend.detection.decoding import UndecodableImage, decode_image
-from ml_backend.jobs.jobs import FIRST_TASKS, Jobs, tasks_arrived
+from ml_backend.jobs.outcomes import Done, Failed, Refused
+from ml_backend.jobs.payloads import AutolabelCheckpoint, ShardPayload
+from ml_backend.jobs.requests import FIRST_TASKS, tasks_arrived
 from ml_backend.label_studio.client import LabelStudioClient
-from ml_backend.label_studio.images import ImageUnavailable
-from ml_backend.label_studio.label_config import (
-    LabelConfig,
-    LabelConfigError,
-    parse_label_config,
-)
-from ml_backend.projects.clients import LabelStudios
+from ml_backend.label_studio.label_config import LabelConfig
+from ml_backend.reasons import Code, Reason, reason
+from ml_backend.serving.job_parts import AT_ONCE, PATIENCE, PredictionParts
 from ml_backend.serving.stale_predictions import older_versions
-from ml_backend.settings import Settings
-from ml_backend.store.database import Database
-from ml_backend.store.tables import PRETRAINED, UNTRAINED, Job, Project
-
-if TYPE_CHECKING:
-    from ml_backend.serving.predictions import Serving
+from ml_backend.store.states import JobState
+from ml_backend.store.tables import UNTRAINED, Job, Project
 
 _PAGES = 20
 """Pages of a small project: so often its progress is saved, and another live version noticed."""
 _SMALLEST_PAGE = 20
 _LARGEST_PAGE = 1000
-AT_ONCE = 100
-PATIENCE = 600.0
-"""Seconds that the images of one request to the model may take."""
-_LOADING = 60.0
-"""Seconds that COCO's weights may take to load."""
-
-
-class AutoLabelRefused(Exception):
-    """It cannot be done as things are; the text says why, and what to do."""
-
-
-class AutoLabelFailed(Exception):
-    """It should have been possible; the text says what is wrong."""
-
-
-@dataclass(frozen=True, slots=True)
-class Labelled:
-    """What a run did.
-
-    Attributes:
-        version: whose predictions were imported.
-        reason: what came of it, in words.
-    """
-
-    version: str
-    reason: str
-
-
-@dataclass(slots=True)
-class _SoFar:
-    """How far a job is, as its payload keeps it.
-
-    Attributes:
-        version: whose predictions it imports.
-        cursor: Label Studio's id of the last task that was dealt with.
-        done: tasks dealt with.
-        imported: predictions imported.
-        left_out: tasks without a prediction, because an image cannot be had.
-        example: why the first of them was left out.
-        newest_task: row of the newest task that it knew of.
-    """
-
-    version: str
-    cursor: int = 0
-    done: int = 0
-    imported: int = 0
-    left_out: int = 0
-    example: str = ""
-    newest_task: int = 0
-
-    @classmethod
-    def of(cls, payload: dict[str, Any], version: str) -> _SoFar:
-        """What a payload says; all begins anew where it is of another version."""
-        if payload.get("version") == version:
-            return cls(**payload)
-        return cls(version, newest_task=payload.get("newest_task", 0))
 
 
 class AutoLabel:
     """Predicts for the tasks of a project and imports the predictions over the API.
 
     Args:
-        settings: limits of images.
-        database: which version is live.
-        jobs: where progress is saved.
-        label_studios: where tasks are read and predictions go.
-        serving: predicts; called when there is something to predict.
-        version_of: the version that a prediction made now would carry.
+        parts: what the job works with.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        database: Database,
-        jobs: Jobs,
-        label_studios: LabelStudios,
-        serving: Callable[[], Serving],
-        version_of: Callable[[Project], str],
-    ) -> None:
-        self._settings = settings
-        self._database = database
-        self._jobs = jobs
-        self._label_studios = label_studios
-        self._serving = serving
-        self._version_of = version_of
+    def __init__(self, parts: PredictionParts) -> None:
+        self._parts = parts
 
-    def run(self, job: Job) -> Labelled:
-        """Does a claimed job, from where it was left.
+    def run(self, job: Job) -> Done:
+        """Does a claimed auto-labelling, from where it was left; gives a large one to shards.
 
         Raises:
-            AutoLabelRefused: there is no token, no label to detect, or no version.
-            AutoLabelFailed: the version cannot be loaded, or no image can be read.
+            Refused: there is no token, no label to detect, or no version.
+            Failed: the version cannot be loaded, or no image can be read.
             TakenOver: another run has the job.
-            LabelStudioError: Label Studio could not do what was asked; what is imported stays.
+            LabelStudioError: Label Studio could not do what was asked; imported predictions stay.
         """
-        with self._database.reading() as session:
-            project = session.get_one(Project, job.project_id)
-        client, config = what_is_needed(project, self._label_studios)
+        project = self._parts.project(job.project_id)
+        client, config = self._parts.client_and_config(project)
         version = project.live_version
         if version is None:
             try:
-                version = before_the_first(project, self._settings, self._version_of)
-            except AutoLabelRefused:
-                return self._choose_the_first(job, project, client, config)
-        return self._label(job, project, client, config, version)
+                version = self._parts.pretrained_version(project)
+            except Refused:
+                return self._choose_first_tasks(job, project, client, config)
+        run = _Run(self._parts, job, project, client, config, version)
+        if not run.reached.sharded:
+            shards = self._shards(project, client, version, run.reached)
+            if shards:
+                run.reached.sharded = True
+                # After the shards, the tasks that have arrived meanwhile are left.
+                run.reached.cursor = shards[-1]["upto"]
+                run.reached.newest_task = run.look()[1]
+                return Done(
+                    reason(Code.SHARDS_RUN, done=0, total=len(shards)),
+                    version,
+                    {"shards": shards, "checkpoint": run.reached.stored()},
+                )
+        return run.label()
 
-    def _choose_the_first(
+    def run_shard(self, job: Job) -> Done:
+        """Does a claimed shard of an auto-labelling, from where it was left.
+
+        Raises:
+            Refused, Failed, TakenOver, LabelStudioError: as `run`.
+        """
+        part = ShardPayload.model_validate(job.payload)
+        project = self._parts.project(job.project_id)
+        client, config = self._parts.client_and_config(project)
+        if part.version != (project.live_version or part.version):
+            return Done(
+                reason(Code.SUPERSEDED, version=project.live_version, done=0, total=part.tasks),
+                part.version,
+            )
+        return _Run(self._parts, job, project, client, config, part.version, part).label()
+
+    def _shards(
+        self,
+        project: Project,
+        client: LabelStudioClient,
+        version: str,
+        reached: AutolabelCheckpoint,
+    ) -> list[dict[str, Any]]:
+        """Parts of a large project's tasks, by id; none where one run is enough."""
+        size = self._parts.settings.auto_label_shard
+        _, left = client.unpredicted_tasks(
+            project.label_studio_id, version, after=reached.cursor, limit=1
+        )
+        if left <= 2 * size:
+            return []
+        ids = [n for n in sorted(client.task_ids(project.label_studio_id)) if n > reached.cursor]
+        bounds = [reached.cursor, *ids[size - 1 :: size]]
+        if ids and bounds[-1] != ids[-1]:
+            bounds.append(ids[-1])
+        return [
+            ShardPayload(
+                version=version,
+                after=low,
+                upto=high,
+                tasks=min(size, len(ids) - number * size),
+            ).stored()
+            for number, (low, high) in enumerate(pairwise(bounds))
+        ]
+
+    def _choose_first_tasks(
         self, job: Job, project: Project, client: LabelStudioClient, config: LabelConfig
-    ) -> Labelled:
-        """Before any model: predictions without a box, whose scores say where to begin."""
-        so_far = _SoFar.of(job.payload, UNTRAINED)
+    ) -> Done:
+        """Before any model: imports predictions without a box, whose scores say where to begin."""
+        reached = _reached(job, UNTRAINED)
 
         def pages() -> Iterator[dict[str, Any]]:
             cursor = 0
@@ -159,106 +136,132 @@ class AutoLabel:
                 yield from tasks
                 cursor = int(tasks[-1]["id"])
 
-        _, so_far.newest_task = self._look(project.id, so_far.newest_task)
+        _, reached.newest_task = _look(self._parts, project.id, reached.newest_task)
         chosen = cold_start(
-            self._settings,
+            self._parts.settings,
             config,
-            self._label_studios.images(project),
+            self._parts.label_studios.images(project),
             pages(),
-            max(1, FIRST_TASKS - so_far.imported),
-            lambda fraction, words: self._jobs.progress(job.id, fraction, words),
+            max(1, FIRST_TASKS - reached.imported),
+            self._parts.report.progress,
         )
-        if self._look(project.id, 0)[0] is not None:
-            return Labelled(UNTRAINED, "superseded by the first version")
-        self._jobs.hold(job)
-        # One that was opened meanwhile holds none: untrained, nothing is answered.
-        so_far.imported += client.import_predictions(project.label_studio_id, chosen)
-        so_far.done = so_far.imported
-        words = f"{len(chosen)} tasks chosen to begin with, for how they differ"
-        self._jobs.advance(job, 1.0, words, payload=dataclasses.asdict(so_far), version=UNTRAINED)
-        return Labelled(UNTRAINED, words)
+        if _look(self._parts, project.id, 0)[0] is not None:
+            return Done(reason(Code.SUPERSEDED, version=None, done=0, total=0), UNTRAINED)
+        self._parts.report.check()
+        # A task that was opened meanwhile holds none: untrained, nothing is answered.
+        reached.imported += client.import_predictions(project.label_studio_id, chosen)
+        reached.done = reached.imported
+        why = reason(Code.TASKS_CHOSEN, tasks=len(chosen))
+        self._parts.report.checkpoint(1.0, why, reached.stored(), UNTRAINED)
+        return Done(why, UNTRAINED)
 
-    def _label(
+
+class _Run:
+    """One run over the tasks of a project, or over a shard's part of them."""
+
+    def __init__(
         self,
+        parts: PredictionParts,
         job: Job,
         project: Project,
         client: LabelStudioClient,
         config: LabelConfig,
         version: str,
-    ) -> Labelled:
-        so_far = _SoFar.of(job.payload, version)
-        clock = _Clock()
-        total = 0
+        part: ShardPayload | None = None,
+    ) -> None:
+        self._parts = parts
+        self._job = job
+        self._project = project
+        self._client = client
+        self._config = config
+        self._version = version
+        self._part = part
+        self._speed = _Speed()
+        self._total = 0
+        self.reached = _reached(job, version)
+        if part is not None:
+            self.reached.cursor = max(self.reached.cursor, part.after)
+
+    def look(self) -> tuple[str | None, int]:
+        """The live version, and the row of the newest task."""
+        return _look(self._parts, self._project.id, self.reached.newest_task)
+
+    def label(self) -> Done:
+        """Predicts page after page."""
+        reached = self.reached
         while True:
-            live, newest_task = self._look(project.id, so_far.newest_task)
-            limit = min(max(_SMALLEST_PAGE, total // _PAGES), _LARGEST_PAGE)
-            tasks, left = client.unpredicted_tasks(
-                project.label_studio_id, version, after=so_far.cursor, limit=limit
-            )
-            total = so_far.done + left
-            if live != project.live_version:
-                return Labelled(
-                    version, f"superseded by {live} at {so_far.done:,} of {total:,} tasks"
-                )
-            so_far.newest_task = newest_task
+            live, newest_task = self.look()
+            tasks = self._page()
+            if live != self._project.live_version:
+                why = reason(Code.SUPERSEDED, version=live, done=reached.done, total=self._total)
+                return Done(why, self._version)
+            reached.newest_task = newest_task
             if not tasks:
                 break
-            results = self._predict(job, project, config, tasks, so_far, total, clock)
+            results = self._predict(tasks)
             if results is None:
                 continue
-            self._import(job, project, client, config, tasks, results, so_far)
-            so_far.done += len(tasks)
-            so_far.cursor = int(tasks[-1]["id"])
-            self._save(job, so_far, total, clock)
-        return self._end(job, project, client, so_far, total, clock)
+            self._import(tasks, results)
+            reached.done += len(tasks)
+            reached.cursor = int(tasks[-1]["id"])
+            self._save()
+        return self._end()
 
-    def _predict(
-        self,
-        job: Job,
-        project: Project,
-        config: LabelConfig,
-        tasks: Sequence[dict[str, Any]],
-        so_far: _SoFar,
-        total: int,
-        clock: _Clock,
-    ) -> list[dict[str, Any] | None] | None:
+    def _page(self) -> list[dict[str, Any]]:
+        """The next tasks without a prediction of the version."""
+        reached = self.reached
+        limit = min(max(_SMALLEST_PAGE, self._total // _PAGES), _LARGEST_PAGE)
+        tasks, left = self._client.unpredicted_tasks(
+            self._project.label_studio_id, self._version, after=reached.cursor, limit=limit
+        )
+        if self._part is None:
+            self._total = reached.done + left
+            return list(tasks)
+        mine = [task for task in tasks if int(task["id"]) <= self._part.upto]
+        # How many of the part's tasks lack a prediction is known to no one: some are annotated.
+        self._total = max(reached.done + len(mine), self._part.tasks)
+        return mine
+
+    def _predict(self, tasks: Sequence[dict[str, Any]]) -> list[dict[str, Any] | None] | None:
         """The predictions of a page; None where another version has gone live meanwhile."""
         results: list[dict[str, Any] | None] = []
         for start in range(0, len(tasks), AT_ONCE):
             if start:
-                done = so_far.done + start
-                self._jobs.progress(job.id, done / total, clock.words(done, total))
-            predicted = self._serving().predict(
-                project,
-                config,
+                done = self.reached.done + start
+                why = self._speed.reason(done, self._total)
+                self._parts.report.progress(done / self._total, why)
+            predicted = self._parts.serving().predict(
+                self._project,
+                self._config,
                 tasks[start : start + AT_ONCE],
                 deadline=time.monotonic() + PATIENCE,
             )
-            if predicted.version != so_far.version:
-                if self._look(project.id, 0)[0] != project.live_version:
+            if predicted.version != self._version:
+                if self.look()[0] != self._project.live_version:
                     return None
-                raise AutoLabelFailed(
-                    f"{so_far.version} cannot be loaded ({predicted.version} predicts in its "
-                    "place): the log says why"
+                raise Failed(
+                    reason(
+                        Code.VERSION_UNLOADABLE,
+                        version=self._version,
+                        instead=predicted.version,
+                    )
                 )
             results += predicted.results
         return results
 
     def _import(
         self,
-        job: Job,
-        project: Project,
-        client: LabelStudioClient,
-        config: LabelConfig,
         tasks: Sequence[dict[str, Any]],
         results: Sequence[dict[str, Any] | None],
-        so_far: _SoFar,
     ) -> None:
-        # Asked again, because meanwhile some were annotated or deleted, and others were opened,
-        # which made Label Studio ask for their predictions itself; so did a run that was killed
-        # between its import and its note of it.
-        missing, _ = client.unpredicted_tasks(
-            project.label_studio_id, so_far.version, after=so_far.cursor, limit=len(tasks)
+        # Asked again, because meanwhile some tasks were annotated or deleted, and others were
+        # opened, which made Label Studio ask for their predictions itself; so did a run that was
+        # killed between its import and its note of it.
+        missing, _ = self._client.unpredicted_tasks(
+            self._project.label_studio_id,
+            self._version,
+            after=self.reached.cursor,
+            limit=len(tasks),
         )
         wanted = {task["id"] for task in missing}
         predictions: list[dict[str, Any]] = []
@@ -268,140 +271,102 @@ class AutoLabel:
             if result is not None:
                 predictions.append({"task": task["id"], **result})
                 continue
-            so_far.left_out += 1
-            so_far.example = so_far.example or why_not(
-                project, config, task, self._settings, self._label_studios
+            self.reached.left_out += 1
+            self.reached.example = self.reached.example or self._parts.why_not(
+                self._project, self._config, task
             )
-        self._jobs.hold(job)
-        so_far.imported += client.import_predictions(project.label_studio_id, predictions)
+        self._parts.report.check()
+        self.reached.imported += self._client.import_predictions(
+            self._project.label_studio_id, predictions
+        )
 
-    def _end(
-        self,
-        job: Job,
-        project: Project,
-        client: LabelStudioClient,
-        so_far: _SoFar,
-        total: int,
-        clock: _Clock,
-    ) -> Labelled:
-        left_out = ""
-        if so_far.left_out:
-            left_out = f"; {so_far.left_out:,} left out, for example {so_far.example}"
-        if so_far.left_out and not so_far.imported:
-            raise AutoLabelFailed(f"no task could be predicted{left_out}")
-        if so_far.done:
-            self._save(job, so_far, total, clock)
-        with self._database.reading() as session:
-            ours = older_versions(session, project.id, so_far.version)
-        held = client.prediction_counts(project.label_studio_id)
+    def _end(self) -> Done:
+        reached = self.reached
+        if reached.sharded:
+            self._add_shards()
+        left_out = {"left_out": reached.left_out, "example": reached.example}
+        if reached.left_out and not reached.imported:
+            raise Failed(reason(Code.NO_TASK_PREDICTED, **left_out))
+        if reached.done:
+            self._total = max(self._total, reached.done)
+            self._save()
+        if not reached.done:
+            why = reason(Code.NOTHING_TO_PREDICT, version=self._version)
+        else:
+            why = reason(
+                Code.TASKS_PREDICTED,
+                imported=reached.imported,
+                done=reached.done,
+                version=self._version,
+                **left_out,
+            )
+        result = None if self._part is not None else {"stale": self._stale()}
+        return Done(why, self._version, result)
+
+    def _add_shards(self) -> None:
+        """Adds what the shards did to what this run did.
+
+        Raises:
+            Failed: a shard did not do its part; its reason says why.
+        """
+        with self._parts.database.reading() as session:
+            shards = session.scalars(select(Job).where(Job.parent_id == self._job.id)).all()
+        for shard in shards:
+            part = AutolabelCheckpoint.model_validate(shard.checkpoint)
+            if part.version != self._version:
+                continue
+            if shard.state != JobState.DONE and shard.reason.code != Code.NO_TASK_PREDICTED:
+                raise Failed(shard.reason)
+            self.reached.done += part.done
+            self.reached.imported += part.imported
+            self.reached.left_out += part.left_out
+            self.reached.example = self.reached.example or part.example
+
+    def _stale(self) -> list[str] | None:
+        """Older versions that Label Studio holds predictions of; None where nothing is to be
+        removed."""
+        with self._parts.database.reading() as session:
+            ours = older_versions(session, self._project.id, self._version)
+        held = self._client.prediction_counts(self._project.label_studio_id)
         older = [name for name in ours if held.get(name)]
-        if older or so_far.imported:
-            self._jobs.plan_tidying(project.id, older)
-        if not so_far.done:
-            return Labelled(
-                so_far.version, f"every task without an annotation has one of {so_far.version}"
-            )
-        return Labelled(
-            so_far.version,
-            f"{so_far.imported:,} of {so_far.done:,} tasks predicted by {so_far.version}{left_out}",
+        return older if older or self.reached.imported or self.reached.sharded else None
+
+    def _save(self) -> None:
+        self._parts.report.checkpoint(
+            self.reached.done / max(1, self._total),
+            self._speed.reason(self.reached.done, self._total),
+            self.reached.stored(),
+            self._version,
         )
 
-    def _save(self, job: Job, so_far: _SoFar, total: int, clock: _Clock) -> None:
-        self._jobs.advance(
-            job,
-            so_far.done / max(1, total),
-            clock.words(so_far.done, total),
-            payload=dataclasses.asdict(so_far),
-            version=so_far.version,
-        )
 
-    def _look(self, project_id: int, newest: int) -> tuple[str | None, int]:
-        """The live version, and the row of the newest task."""
-        with self._database.reading() as session:
-            live = session.get_one(Project, project_id).live_version
-            return live, tasks_arrived(session, project_id, newest) or newest
+def _reached(job: Job, version: str) -> AutolabelCheckpoint:
+    """How far a job is; all begins anew where it was begun with another version."""
+    reached = AutolabelCheckpoint.model_validate(job.checkpoint)
+    if reached.version == version:
+        return reached
+    return AutolabelCheckpoint(version=version, newest_task=reached.newest_task)
 
 
-def what_is_needed(
-    project: Project, label_studios: LabelStudios
-) -> tuple[LabelStudioClient, LabelConfig]:
-    """What a project's tasks are predicted with.
-
-    Raises:
-        AutoLabelRefused: there is no token, or no label to detect.
-    """
-    client = label_studios.client(project)
-    if client is None:
-        raise AutoLabelRefused(
-            "refused because predictions cannot be imported without a token: set "
-            "LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY"
-        )
-    try:
-        return client, parse_label_config(project.label_config)
-    except LabelConfigError as error:
-        raise AutoLabelRefused(f"refused because of the label config: {error}") from error
+def _look(parts: PredictionParts, project_id: int, newest: int) -> tuple[str | None, int]:
+    with parts.database.reading() as session:
+        live = session.get_one(Project, project_id).live_version
+        return live, tasks_arrived(session, project_id, newest) or newest
 
 
-def before_the_first(
-    project: Project, settings: Settings, version_of: Callable[[Project], str]
-) -> str:
-    """The version of a project before its first training: COCO's, waited for while it loads.
-
-    Raises:
-        AutoLabelRefused: COCO's weights cannot be had.
-    """
-    until = time.monotonic() + (0 if settings.weights == "none" else _LOADING)
-    while version_of(project) != PRETRAINED:
-        if time.monotonic() >= until:
-            raise AutoLabelRefused(
-                "refused because the project has no model version yet: annotate "
-                f"{settings.train_min} tasks, and the first training makes one"
-            )
-        time.sleep(0.5)
-    return PRETRAINED
-
-
-def why_not(
-    project: Project,
-    config: LabelConfig,
-    task: dict[str, Any],
-    settings: Settings,
-    label_studios: LabelStudios,
-) -> str:
-    """Why a task has no prediction: its images are read once more."""
-    images = label_studios.images(project)
-    try:
-        for data_key in config.controls_by_image():
-            value = task["data"].get(data_key)
-            if not isinstance(value, str) or not value:
-                raise ImageUnavailable(f"its data has no image under {data_key!r}")
-            decode_image(images.fetch(task["id"], value), max_pixels=settings.image_max_pixels)
-    except (ImageUnavailable, UndecodableImage) as error:
-        return f"task {task['id']}: {error}"
-    return f"task {task['id']}: the log says why"
-
-
-class _Clock:
-    """Says how fast a run is, measured from the first time that it is asked: loading a model takes
+class _Speed:
+    """Tells how fast a run is, measured from the first time that it is asked: loading a model takes
     longer than some of the tasks."""
 
     def __init__(self) -> None:
         self._first: tuple[int, float] | None = None
 
-    def words(self, done: int, total: int) -> str:
-        """How far it is, how fast, and when it will be done."""
-        words = f"{done:,} of {total:,} tasks"
+    def reason(self, done: int, total: int) -> Reason:
+        """How far the run is, how fast, and how many seconds are left."""
         moment = time.monotonic()
         before, began = self._first = self._first or (done, moment)
-        if done in (before, total) or moment == began:
-            return words
-        rate = (done - before) / (moment - began)
-        return f"{words}, {rate:.1f}/s, about {_duration((total - done) / rate)} left"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
+        values: dict[str, Any] = {"done": done, "total": total}
+        if done not in (before, total) and moment > began:
+            rate = (done - before) / (moment - began)
+            values |= {"rate": rate, "seconds_left": (total - done) / rate}
+        return reason(Code.LABELLING, **values)

@@ -1,126 +1,70 @@
-"""Finishes what a request for predictions left over, and imports it.
-
-How far a job came is saved after each request to the model, as it is in auto-labelling, whose
-process this runs in.
-"""
+"""Predicts the tasks that a request for predictions did not finish, and imports the predictions."""
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ml_backend.jobs.jobs import Jobs
-from ml_backend.projects.clients import LabelStudios
-from ml_backend.serving.autolabel import (
-    AT_ONCE,
-    PATIENCE,
-    AutoLabelFailed,
-    Labelled,
-    before_the_first,
-    what_is_needed,
-    why_not,
-)
-from ml_backend.settings import Settings
-from ml_backend.store.database import Database
-from ml_backend.store.tables import Job, Project
-
-if TYPE_CHECKING:
-    from ml_backend.serving.predictions import Serving
+from ml_backend.jobs.outcomes import Done, Failed
+from ml_backend.jobs.payloads import DeferredCheckpoint, DeferredPayload
+from ml_backend.reasons import Code, reason
+from ml_backend.serving.job_parts import AT_ONCE, PATIENCE, PredictionParts
+from ml_backend.store.tables import Job
 
 
-@dataclass(slots=True)
-class _SoFar:
-    """How far a job is, as its payload keeps it.
-
-    Attributes:
-        tasks: those that are left.
-        done: tasks dealt with.
-        imported: predictions imported.
-        left_out: tasks without a prediction, because an image cannot be had.
-        example: why the first of them was left out.
-    """
-
-    tasks: list[dict[str, Any]] = field(default_factory=list)
-    done: int = 0
-    imported: int = 0
-    left_out: int = 0
-    example: str = ""
-
-
-class Leftovers:
+class DeferredPredictions:
     """Predicts for the tasks of a job and imports the predictions over the API.
 
     Args:
-        settings: limits of images.
-        database: which version is live.
-        jobs: where progress is saved.
-        label_studios: where predictions go.
-        serving: predicts; called when there is something to predict.
-        version_of: the version that a prediction made now would carry.
+        parts: what the job works with.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        database: Database,
-        jobs: Jobs,
-        label_studios: LabelStudios,
-        serving: Callable[[], Serving],
-        version_of: Callable[[Project], str],
-    ) -> None:
-        self._settings = settings
-        self._database = database
-        self._jobs = jobs
-        self._label_studios = label_studios
-        self._serving = serving
-        self._version_of = version_of
+    def __init__(self, parts: PredictionParts) -> None:
+        self._parts = parts
 
-    def run(self, job: Job) -> Labelled:
+    def run(self, job: Job) -> Done:
         """Does a claimed job, from where it was left.
 
-        A task that holds a prediction of the version already is left out, so that a job that is
+        A task that holds a prediction of the version already is passed over, so that a job that is
         tried again doubles nothing.
 
         Raises:
-            AutoLabelRefused: there is no token, no label to detect, or no version.
-            AutoLabelFailed: no image can be read.
+            Refused: there is no token, no label to detect, or no version.
+            Failed: no image can be read.
             TakenOver: another run has the job.
-            LabelStudioError: Label Studio could not do what was asked; what is imported stays.
+            LabelStudioError: Label Studio could not do what was asked; imported predictions stay.
         """
-        so_far = _SoFar(**job.payload)
-        total = so_far.done + len(so_far.tasks)
-        version = ""
-        while so_far.tasks:
-            version = self._do_some(job, so_far)
-            self._jobs.advance(
-                job,
-                so_far.done / total,
-                f"{so_far.done:,} of {total:,} left-over tasks predicted",
-                payload=dataclasses.asdict(so_far),
-                version=version,
+        tasks = DeferredPayload.model_validate(job.payload).tasks
+        reached = DeferredCheckpoint.model_validate(job.checkpoint)
+        version = job.version
+        while reached.done < len(tasks):
+            version = self._predict_some(job, tasks, reached)
+            self._parts.report.checkpoint(
+                reached.done / len(tasks),
+                reason(Code.DEFERRED_RUN, done=reached.done, total=len(tasks)),
+                reached.stored(),
+                version,
             )
-        left_out = ""
-        if so_far.left_out:
-            left_out = f"; {so_far.left_out:,} left out, for example {so_far.example}"
-        if so_far.left_out and not so_far.imported:
-            raise AutoLabelFailed(f"no task could be predicted{left_out}")
-        return Labelled(
-            version or str(job.version),
-            f"{so_far.imported:,} predictions imported for {total:,} left-over tasks{left_out}",
+        left_out = {"left_out": reached.left_out, "example": reached.example}
+        if reached.left_out and not reached.imported:
+            raise Failed(reason(Code.NO_TASK_PREDICTED, **left_out))
+        return Done(
+            reason(
+                Code.DEFERRED_PREDICTED, imported=reached.imported, total=len(tasks), **left_out
+            ),
+            version,
         )
 
-    def _do_some(self, job: Job, so_far: _SoFar) -> str:
-        """Does the next tasks with what is live now; answers the version."""
-        with self._database.reading() as session:
-            project = session.get_one(Project, job.project_id)
-        client, config = what_is_needed(project, self._label_studios)
+    def _predict_some(
+        self, job: Job, all_tasks: list[dict[str, Any]], reached: DeferredCheckpoint
+    ) -> str:
+        """Predicts the next tasks with the version that is live now; answers the version."""
+        project = self._parts.project(job.project_id)
+        client, config = self._parts.client_and_config(project)
         if project.live_version is None:
-            before_the_first(project, self._settings, self._version_of)
-        tasks, left = so_far.tasks[:AT_ONCE], so_far.tasks[AT_ONCE:]
-        predicted = self._serving().predict(
+            self._parts.pretrained_version(project)
+        tasks = all_tasks[reached.done : reached.done + AT_ONCE]
+        predicted = self._parts.serving().predict(
             project, config, tasks, deadline=time.monotonic() + PATIENCE
         )
         has = client.predicted_tasks(
@@ -133,12 +77,9 @@ class Leftovers:
             if result is not None:
                 predictions.append({"task": task["id"], **result})
                 continue
-            so_far.left_out += 1
-            so_far.example = so_far.example or why_not(
-                project, config, task, self._settings, self._label_studios
-            )
-        self._jobs.hold(job)
-        so_far.imported += client.import_predictions(project.label_studio_id, predictions)
-        so_far.tasks = left
-        so_far.done += len(tasks)
+            reached.left_out += 1
+            reached.example = reached.example or self._parts.why_not(project, config, task)
+        self._parts.report.check()
+        reached.imported += client.import_predictions(project.label_studio_id, predictions)
+        reached.done += len(tasks)
         return predicted.version

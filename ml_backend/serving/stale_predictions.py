@@ -1,66 +1,48 @@
-"""Removes predictions that newer ones have replaced: ours, and nobody else's.
+"""Removes predictions that newer ones have replaced: those of this backend, and nobody else's.
 
-One at a time. Label Studio can remove all of a version in one request, but it does so in one
-transaction, during which nobody can save an annotation (5 to 8 ms for each prediction), and it
-then forgets the project's `model_version`, which ends pre-annotation and the order of tasks.
+One request for each. Label Studio can remove all predictions of a version in one request, but does
+so in one transaction, during which nobody can save an annotation (5 to 8 ms for each prediction),
+and then forgets the project's `model_version`, which ends pre-annotation and the order of tasks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from ml_backend.jobs.jobs import Jobs
+from ml_backend.jobs.outcomes import Done
+from ml_backend.jobs.payloads import AutolabelCheckpoint, StalePayload
+from ml_backend.jobs.reports import Reporter
 from ml_backend.label_studio.client import LabelStudioClient, NotFound
 from ml_backend.projects.clients import LabelStudios
+from ml_backend.reasons import Code, reason
 from ml_backend.store.database import Database
+from ml_backend.store.states import JobKind
 from ml_backend.store.tables import PRETRAINED, UNTRAINED, Job, ModelVersion, Project
 
-_TELL_EVERY = 20
+_CHECKPOINT_EVERY = 20
 
 
-class NotYet(Exception):
-    """It must wait; the text says for what.
-
-    Attributes:
-        wait: for so many seconds.
-    """
-
-    def __init__(self, why: str, wait: float) -> None:
-        super().__init__(why)
-        self.wait = wait
-
-
-class Tidy:
+class StalePredictions:
     """Removes predictions of versions that are no longer live, and the second of the live one.
 
     Args:
-        database: which version is live.
+        database: which version is live; it is only read.
         label_studios: where the predictions are.
-        settle: counts what people made of a project's predictions, while they can still be read;
-            answers the seconds until it must be called again, None where all is counted.
+        report: hears how far the job is.
     """
 
-    def __init__(
-        self,
-        database: Database,
-        label_studios: LabelStudios,
-        settle: Callable[[int], float | None],
-    ) -> None:
+    def __init__(self, database: Database, label_studios: LabelStudios, report: Reporter) -> None:
         self._database = database
         self._label_studios = label_studios
-        self._settle = settle
+        self._report = report
 
-    def finish(self, job: Job, jobs: Jobs) -> str:
-        """Does a job; answers in words what came of it.
+    def run(self, job: Job) -> Done:
+        """Does a claimed job; done again, it goes on where it was left.
 
-        Done again, it goes on where it was left. Annotations that began with a prediction that is
-        removed stay as they are.
+        Annotations that began with a prediction that is removed stay as they are.
 
         Raises:
-            NotYet: what people made of the predictions is not counted yet.
             TakenOver: another run has the job.
             LabelStudioError: Label Studio could not do what was asked.
         """
@@ -68,18 +50,12 @@ class Tidy:
             project = session.get_one(Project, job.project_id)
         client = self._label_studios.client(project)
         if client is None:
-            return "nothing was removed: LABEL_STUDIO_API_KEY is not set any more"
-        while (wait := self._settle(project.id)) is not None:
-            if wait:
-                raise NotYet("what people made of the older predictions is counted first", wait)
-            jobs.beat(job.id)
-        return self._remove(project, client, job, jobs)
-
-    def _remove(self, project: Project, client: LabelStudioClient, job: Job, jobs: Jobs) -> str:
+            return Done(reason(Code.STALE_KEPT))
         number = project.label_studio_id
         held = client.prediction_counts(number)
+        versions = StalePayload.model_validate(job.payload).versions
         # One of them may be live again by now.
-        older = [v for v in job.payload["versions"] if held.get(v) and v != self._live(project.id)]
+        older = [v for v in versions if held.get(v) and v != self._live(project.id)]
         total = sum(held[v] for v in older)
         removed = 0
         for version in older:
@@ -88,20 +64,15 @@ class Tidy:
                     break
                 for prediction in page:
                     removed += _delete(client, prediction["id"])
-                    if removed % _TELL_EVERY == 0:
-                        jobs.advance(
-                            job,
-                            min(1.0, removed / total),
-                            f"{removed:,} of {total:,} predictions of older versions removed",
-                        )
-        doubles = self._remove_doubles(client, number, self._live(project.id))
-        words = f"{removed:,} predictions of older versions removed"
-        if older:
-            words += f" ({', '.join(older)})"
-        return f"{words}, and {doubles} doubled ones" if doubles else words
+                    if removed % _CHECKPOINT_EVERY == 0:
+                        self._report.check()
+                        why = reason(Code.REMOVING_STALE, removed=removed, total=total)
+                        self._report.checkpoint(min(1.0, removed / total), why, {})
+        doubled = self._remove_doubled(client, number, self._live(project.id))
+        return Done(reason(Code.STALE_REMOVED, removed=removed, versions=older, doubled=doubled))
 
-    def _remove_doubles(self, client: LabelStudioClient, project: int, version: str) -> int:
-        """A task that was opened while its prediction was imported may hold two."""
+    def _remove_doubled(self, client: LabelStudioClient, project: int, version: str) -> int:
+        """Removes the second prediction of a task that was opened during an import."""
         removed = 0
         kept: set[int] = set()
         for page in client.predictions(project, version, doubled=True):
@@ -117,7 +88,7 @@ class Tidy:
 
 
 def older_versions(session: Session, project_id: int, live: str) -> list[str]:
-    """Names under which this backend has made predictions for a project, but the live one."""
+    """Lists the names under which this backend has predicted for a project, the live one apart."""
     names = [
         PRETRAINED,
         *session.scalars(
@@ -129,10 +100,12 @@ def older_versions(session: Session, project_id: int, live: str) -> list[str]:
     # Others may call theirs the same: it is ours only where we imported some.
     before_any = session.scalars(
         select(Job).where(
-            Job.project_id == project_id, Job.kind == "autolabel", Job.version == UNTRAINED
+            Job.project_id == project_id,
+            Job.kind == JobKind.AUTOLABEL,
+            Job.version == UNTRAINED,
         )
     )
-    if any(job.payload.get("imported") for job in before_any):
+    if any(AutolabelCheckpoint.model_validate(job.checkpoint).imported for job in before_any):
         names.append(UNTRAINED)
     return [name for name in names if name != live]
 

@@ -32,6 +32,7 @@ from ml_backend.detection.evaluation import evaluate
 from ml_backend.detection.presets import preset_named
 from ml_backend.detection.types import Detections, Sample
 from ml_backend.jobs.schedule import Situation, decide
+from ml_backend.reasons import Reason
 from ml_backend.settings import Settings
 from ml_backend.store.tables import now
 from ml_backend.training.dataset import Dataset
@@ -61,7 +62,7 @@ class Round:
 
     images: int
     promoted: bool
-    reason: str
+    reason: Reason
     map50: float
     map50_of_rest: float
     ap50_of_rest: dict[str, float | None]

@@ -15,7 +15,7 @@ from threading import Lock
 from typing import Any, TypeVar
 
 from filelock import FileLock
-from sqlalchemy import Engine, UpdateBase, create_engine, event
+from sqlalchemy import Engine, UpdateBase, create_engine, event, inspect
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.exc import DatabaseError, OperationalError
@@ -32,6 +32,8 @@ _LOG_PAGES = 16_384
 """Pages of SQLite's log, of 4 KiB, after which a commit writes them into the file itself."""
 _WAIT = 10.0
 """Seconds that a write waits for others before it fails: threads that wait answer nobody."""
+QUEUE_SCHEMA = "dbos"
+"""PostgreSQL's schema of the tables of the queue's engine."""
 _COPIES = 3
 """Copies of a SQLite file that are kept, each as it was before a change of its schema."""
 
@@ -45,11 +47,13 @@ class Database:
 
     Args:
         url: SQLAlchemy URL, `sqlite:///file` or `postgresql+psycopg://…`.
+        read_only: whether the database itself refuses to write for these sessions.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, read_only: bool = False) -> None:
         self.url = url
-        self.engine = _engine(url, self._opened)
+        self.read_only = read_only
+        self.engine = _engine(url, self._opened, read_only)
         self._sessions = sessionmaker(self.engine, expire_on_commit=False)
         reading = self.engine.execution_options(reading=True)
         self._readings = sessionmaker(reading, expire_on_commit=False)
@@ -128,12 +132,26 @@ class Database:
                 if before is not None and before != known[0]:
                     _copy(file, before)
                 command.upgrade(config, "head")
+                self._create_queue()
             # Tokens that `/setup` brought lie in it: no one else may read it.
             file.chmod(0o600)
         else:
             with _alembic:
                 self._schema(known)
                 command.upgrade(config, "head")
+                self._create_queue()
+
+    def _create_queue(self) -> None:
+        """Creates the tables of the queue's engine where there are none; workers keep them up to
+        date."""
+        with self.engine.execution_options(reading=True).connect() as connection:
+            schema = None if self.is_sqlite else QUEUE_SCHEMA
+            if inspect(connection).has_table("workflow_status", schema=schema):
+                return
+        from dbos import DBOS
+
+        logging.getLogger("dbos").setLevel(logging.WARNING)
+        DBOS.migrate(self.url, schema=QUEUE_SCHEMA)
 
     def checkpoint(self) -> None:
         """Writes SQLite's log into its file, so that no commit has to: it waits for the disk."""
@@ -244,7 +262,7 @@ def _copy(file: Path, schema: str) -> None:
             old_copy.unlink()
 
 
-def _engine(url: str, opened: Callable[[], None]) -> Engine:
+def _engine(url: str, opened: Callable[[], None], read_only: bool) -> Engine:
     if not url.startswith("sqlite"):
         engine = create_engine(url, pool_pre_ping=True, hide_parameters=True, json_serializer=_json)
 
@@ -252,6 +270,8 @@ def _engine(url: str, opened: Callable[[], None]) -> Engine:
         def _in_utc(connection: Any, _: ConnectionPoolEntry) -> None:
             # Moments come back in the session's time zone: otherwise that of the server.
             connection.execute("SET TIME ZONE 'UTC'")
+            if read_only:
+                connection.execute("SET default_transaction_read_only = on")
             connection.commit()
 
         return engine
@@ -272,6 +292,8 @@ def _engine(url: str, opened: Callable[[], None]) -> Engine:
             f"wal_autocheckpoint={_LOG_PAGES}",
         ):
             connection.execute(f"PRAGMA {pragma}")
+        if read_only:
+            connection.execute("PRAGMA query_only=ON")
         opened()
 
     @event.listens_for(engine, "begin")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
+from enum import StrEnum
 from typing import Annotated, Any, ClassVar
 
 from sqlalchemy import (
@@ -19,6 +21,9 @@ from sqlalchemy import (
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
+
+from ml_backend.reasons import Reason
+from ml_backend.store.states import JobKind, JobState, Trigger, VersionState
 
 
 def now() -> datetime:
@@ -53,6 +58,40 @@ class PlainText(TypeDecorator[str]):
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
         return value.replace("\0", "") if value is not None else None
+
+
+class ReasonText(TypeDecorator[Reason]):
+    """A reason, as the JSON text of its code and values."""
+
+    impl = PlainText
+    cache_ok = True
+
+    def process_bind_param(self, value: Reason | None, dialect: Dialect) -> str | None:
+        return None if value is None else json.dumps(value.as_dict())
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> Reason | None:
+        return None if value is None else Reason.of(json.loads(value))
+
+
+class Name(TypeDecorator[StrEnum]):
+    """A member of an enumeration, as its text.
+
+    Args:
+        members: the enumeration.
+    """
+
+    impl = String
+    cache_ok = True
+
+    def __init__(self, members: type[StrEnum]) -> None:
+        super().__init__(16)
+        self.members = members
+
+    def process_bind_param(self, value: StrEnum | None, dialect: Dialect) -> str | None:
+        return None if value is None else str(value)
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> StrEnum | None:
+        return None if value is None else self.members(value)
 
 
 class Base(DeclarativeBase):
@@ -222,23 +261,38 @@ class Contact(Base):
 
 
 class Job(Base):
-    """Something that was asked for, what became of it, and why, in words."""
+    """Work that was asked for, what became of it, and why.
+
+    The queue decides which worker runs a job and when; a row holds what people see of it, and the
+    claim of the run that may write to it.
+    """
 
     __tablename__ = "jobs"
-    __table_args__ = (Index("ix_jobs_project_state", "project_id", "state"),)
+    __table_args__ = (
+        Index("ix_jobs_project_state", "project_id", "state"),
+        Index("ix_jobs_parent", "parent_id"),
+    )
 
     id: Mapped[int] = mapped_column(primary_key=True)
     project_id: Mapped[int] = mapped_column(ForeignKey("projects.id", ondelete="CASCADE"))
-    kind: Mapped[str] = mapped_column(String(16))
-    """`train`, `predict` (the rest of a request that met its deadline), `autolabel`, or `tidy`."""
-    state: Mapped[str] = mapped_column(String(16))
-    """`waiting`, `queued`, `running`, `done`, `failed` or `refused`."""
-    reason: Mapped[str] = mapped_column(PlainText, default="")
-    trigger: Mapped[str] = mapped_column(String(16))
-    """`webhook`, `button`, `command`, `predict`, `promotion`, `tasks` or `autolabel`."""
+    parent_id: Mapped[int | None] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    """The auto-labelling that a shard belongs to."""
+    kind: Mapped[JobKind] = mapped_column(Name(JobKind))
+    state: Mapped[JobState] = mapped_column(Name(JobState))
+    reason: Mapped[Reason] = mapped_column(ReasonText, default=Reason("none"))
+    trigger: Mapped[Trigger] = mapped_column(Name(Trigger))
     progress: Mapped[float] = mapped_column(default=0.0)
     attempt: Mapped[int] = mapped_column(default=0)
-    payload: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    run: Mapped[int] = mapped_column(default=0)
+    """Counts how often the job was put into the queue; an older entry of the queue does nothing."""
+    claim: Mapped[str | None] = mapped_column(String(32))
+    """The run that may write; None while no worker has the job."""
+    host: Mapped[str | None] = mapped_column(String(128))
+    """The host whose worker has, or had, the job."""
+    payload: Mapped[dict[str, Any]] = mapped_column(default=dict, deferred=True)
+    """What was asked for; written once. It may be large, so it is read only where it is needed."""
+    checkpoint: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    """How far the job is, for the run that goes on with it."""
     version: Mapped[str | None] = mapped_column(String(128))
     not_before: Mapped[datetime | None]
     created_at: Mapped[datetime] = mapped_column(default=now)
@@ -256,9 +310,8 @@ class ModelVersion(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     project_id: Mapped[int] = mapped_column(ForeignKey("projects.id", ondelete="CASCADE"))
     name: Mapped[str] = mapped_column(String(128))
-    state: Mapped[str] = mapped_column(String(16))
-    """`live`, `retired` (was live), `rejected` (worse), `rolled back`, or `pruned`."""
-    reason: Mapped[str] = mapped_column(PlainText, default="")
+    state: Mapped[VersionState] = mapped_column(Name(VersionState))
+    reason: Mapped[Reason] = mapped_column(ReasonText, default=Reason("none"))
     card: Mapped[dict[str, Any]]
     parent: Mapped[str | None] = mapped_column(String(128))
     created_at: Mapped[datetime] = mapped_column(default=now)

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 from urllib.parse import quote
 
 import numpy as np
-from sqlalchemy import String, bindparam, or_, select, update
+from sqlalchemy import String, or_, select
 from sqlalchemy import cast as sql_cast
 
 from ml_backend.acquisition.acquisition import is_left_to_chance
@@ -27,6 +27,7 @@ from ml_backend.detection.types import Sample
 from ml_backend.label_studio.images import ImageSource, ImageUnavailable
 from ml_backend.label_studio.label_config import BoxControl, LabelConfig
 from ml_backend.label_studio.regions import read_regions
+from ml_backend.reasons import Code, Reason, reason
 from ml_backend.store.database import Database, in_chunks
 from ml_backend.store.tables import Annotation, Project, Task
 from ml_backend.training.split import Item, Side, assign, fingerprint
@@ -91,7 +92,8 @@ def build_dataset(
     max_pixels: int,
     random_share: float,
     leave_out: bool = True,
-    on_progress: Callable[[float, str], None],
+    store_sides: Callable[[list[dict[str, Any]]], None],
+    on_progress: Callable[[float, Reason], None],
 ) -> Dataset:
     """Reads a project's annotations and images, and decides the sides of new tasks.
 
@@ -104,7 +106,8 @@ def build_dataset(
         max_pixels: larger images are left out.
         random_share: of the tasks, that are asked for by chance.
         leave_out: whether tasks whose images cannot be had are left out.
-        on_progress: told the fraction done and a sentence.
+        store_sides: receives the tasks whose side was decided, for `sides.write_sides`.
+        on_progress: told the fraction done and how far that is.
 
     Raises:
         ImageUnavailable: an image cannot be had, and none is to be left out.
@@ -128,7 +131,7 @@ def build_dataset(
         finally:
             done += 1
             if done % 10 == 0:
-                on_progress(done / total, f"reading images: {done} of {total}")
+                on_progress(done / total, reason(Code.READING_IMAGES, done=done, total=total))
 
     found: list[_Fetched] = []
     with ThreadPoolExecutor(FETCHERS, thread_name_prefix="images") as pool:
@@ -140,7 +143,7 @@ def build_dataset(
                 else:
                     found.append(outcome)
                     left_out.update(outcome.dropped)
-    items = _sides(found, config, database, project.id, random_share)
+    items = _sides(found, config, random_share, store_sides)
     return Dataset(
         labels=config.labels,
         samples=tuple(f.sample for f in found),
@@ -259,9 +262,8 @@ def _fetch(
 def _sides(
     found: Sequence[_Fetched],
     config: LabelConfig,
-    database: Database,
-    project_id: int,
     random_share: float,
+    store: Callable[[list[dict[str, Any]]], None],
 ) -> dict[int, Item]:
     items: dict[int, Item] = {}
     for f in found:
@@ -285,20 +287,7 @@ def _sides(
         {"task": item.task, "mark": item.fingerprint, "of": item.clip, "is": item.side}
         for item in fresh.values()
     )
-    statement = (
-        update(Task)
-        .where(
-            Task.project_id == project_id,
-            Task.label_studio_id == bindparam("task"),
-            Task.side.is_(None),
-        )
-        .values(fingerprint=bindparam("mark"), clip=bindparam("of"), side=bindparam("is"))
-    )
     # A few at a time, so that webhooks can be stored in between.
     for chunk in in_chunks(rows):
-        with database.session() as session:
-            # Whoever changes tasks holds their project first: in other orders, two would wait for
-            # each other.
-            session.get_one(Project, project_id, with_for_update=True)
-            session.connection().execute(statement, chunk)
+        store(chunk)
     return items

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
+from ml_backend.reasons import Code, Reason, reason
 from ml_backend.store.database import Database
 from ml_backend.store.registry import Registry, VersionMissing
+from ml_backend.store.states import VersionState
 from ml_backend.store.tables import ModelVersion, Project, now
 
 if TYPE_CHECKING:
@@ -34,10 +36,10 @@ FINDS_SOMETHING = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether a version goes live, and why, in words."""
+    """Whether a version goes live, and why."""
 
     promote: bool
-    reason: str
+    reason: Reason
 
 
 def judge(
@@ -46,12 +48,12 @@ def judge(
     live: str | None,
     added: Sequence[str] = (),
 ) -> Verdict:
-    """Decides on a new version.
+    """Decides whether a new version goes live.
 
     Args:
         evaluation: the new version on today's hold-out (or out of fold).
         comparison: new minus live, paired over the same images, in the mean over the labels that
-            the live one knows; None where nothing is live.
+            the live version knows; None where nothing is live.
         live: name of the live version.
         added: labels that the live version does not know.
     """
@@ -59,33 +61,30 @@ def judge(
     if comparison is None or live is None:
         if score < FINDS_SOMETHING:
             return Verdict(
-                False, f"not promoted: AP50 {score:.2f} is below {FINDS_SOMETHING}; annotate more"
+                False, reason(Code.FIRST_VERSION_WEAK, ap50=score, needed=FINDS_SOMETHING)
             )
-        return Verdict(True, f"promoted: the first version that finds something, AP50 {score:.2f}")
-    interval = (
-        f"{comparison.delta:+.3f} (90 % interval {comparison.low:+.3f} to {comparison.high:+.3f})"
-    )
-    found = [
-        f"{label} (AP50 {ap50:.2f})"
+        return Verdict(True, reason(Code.FIRST_VERSION, ap50=score))
+    change = {
+        "live": live,
+        "delta": comparison.delta,
+        "low": comparison.low,
+        "high": comparison.high,
+    }
+    found = {
+        label: ap50
         for label in added
         if (ap50 := evaluation.per_class[label].ap50 or 0.0) >= FINDS_SOMETHING
-    ]
+    }
     if comparison.delta < -(TIE_WITH_MORE if found else TIE):
-        return Verdict(False, f"not promoted: worse than {live} by AP50 {interval}")
-    for label, change in comparison.per_class.items():
-        if change.support >= ENOUGH_BOXES and change.delta < -BAD_FALL:
+        return Verdict(False, reason(Code.WORSE, **change))
+    for label, of_label in comparison.per_class.items():
+        if of_label.support >= ENOUGH_BOXES and of_label.delta < -BAD_FALL:
             return Verdict(
-                False,
-                f"not promoted: {label} falls by {-change.delta:.2f} AP50 against {live}, "
-                f"though the mean changes by {interval}",
+                False, reason(Code.LABEL_FALLS, label=label, fall=-of_label.delta, **change)
             )
     if found and comparison.delta < -TIE:
-        return Verdict(
-            True,
-            f"promoted: finds {', '.join(found)}, which {live} does not know, and is little behind "
-            f"on the others, AP50 {interval}",
-        )
-    return Verdict(True, f"promoted: not worse than {live}, AP50 {interval}")
+        return Verdict(True, reason(Code.FINDS_NEW_LABEL, found=found, **change))
+    return Verdict(True, reason(Code.NOT_WORSE, **change))
 
 
 class Versions:
@@ -97,6 +96,7 @@ class Versions:
 
     def record(
         self,
+        session: Session,
         project_id: int,
         name: str,
         card: dict[str, Any],
@@ -105,13 +105,14 @@ class Versions:
         parent: str | None,
         revision: int,
     ) -> Verdict:
-        """Enters a new version and, if the verdict says so, makes it live: one transaction.
+        """Enters a new version and, if the verdict says so, makes it live.
 
-        It is not made live where another version is by now than the one that it was compared with:
-        a rollback or a promotion during a training holds. What it saw then counts as changed
-        still, so that the next training follows soon.
+        The version is not made live where another version is live by now than the one that it was
+        compared with: a rollback or a promotion during a training holds. The annotations that it
+        saw then count as changed still, so that the next training follows soon.
 
         Args:
+            session: the transaction that enters it.
             project_id: the project.
             name: of the new version.
             card: its card.
@@ -122,34 +123,29 @@ class Versions:
         Returns:
             The verdict that holds.
         """
-        with self._database.session() as session:
-            project = session.get_one(Project, project_id, with_for_update=True)
-            overtaken = verdict.promote and project.live_version != parent
-            if overtaken:
-                verdict = Verdict(
-                    False,
-                    f"not promoted: meanwhile {project.live_version} was made live, and it was "
-                    f"compared with {parent or 'none'}; the next training compares anew, or "
-                    f"`ml-backend promote` puts it live",
-                )
-            else:
-                project.trained_revision = max(project.trained_revision, revision)
-            session.add(
-                ModelVersion(
-                    project_id=project_id,
-                    name=name,
-                    state="rejected",
-                    reason=verdict.reason,
-                    card=card,
-                    parent=parent,
-                )
+        project = session.get_one(Project, project_id, with_for_update=True)
+        if verdict.promote and project.live_version != parent:
+            verdict = Verdict(
+                False, reason(Code.OVERTAKEN, live=project.live_version, parent=parent)
             )
-            session.flush()
-            if verdict.promote:
-                _make_live(session, project, name, verdict.reason)
-            return verdict
+        else:
+            project.trained_revision = max(project.trained_revision, revision)
+        session.add(
+            ModelVersion(
+                project_id=project_id,
+                name=name,
+                state=VersionState.REJECTED,
+                reason=verdict.reason,
+                card=card,
+                parent=parent,
+            )
+        )
+        session.flush()
+        if verdict.promote:
+            _make_live(session, project, name, verdict.reason)
+        return verdict
 
-    def promote(self, project_id: int, name: str, reason: str) -> None:
+    def promote(self, project_id: int, name: str) -> None:
         """Makes a version live because somebody asked for it.
 
         Raises:
@@ -158,7 +154,7 @@ class Versions:
         with self._database.session() as session:
             project = session.get_one(Project, project_id, with_for_update=True)
             self._check(session, project, name)
-            _make_live(session, project, name, reason)
+            _make_live(session, project, name, reason(Code.PROMOTED_ON_REQUEST))
 
     def rollback(self, project_id: int, to: str | None = None) -> str:
         """Goes back to an earlier version at once; answers which.
@@ -181,11 +177,14 @@ class Versions:
             left = project.live_version
             if target == left:
                 raise VersionMissing(f"{target} is live already")
-            _make_live(session, project, target, f"rolled back from {left}")
+            _make_live(session, project, target, reason(Code.ROLLED_BACK_FROM, version=left))
             session.execute(
                 update(ModelVersion)
                 .where(ModelVersion.project_id == project_id, ModelVersion.name == left)
-                .values(state="rolled back", reason=f"rolled back to {target} on request")
+                .values(
+                    state=VersionState.ROLLED_BACK,
+                    reason=reason(Code.ROLLED_BACK_TO, version=target),
+                )
             )
             return target
 
@@ -213,14 +212,16 @@ class Versions:
             project = session.get_one(Project, project_id, with_for_update=True)
             versions = session.scalars(
                 select(ModelVersion)
-                .where(ModelVersion.project_id == project_id, ModelVersion.state != "pruned")
+                .where(
+                    ModelVersion.project_id == project_id, ModelVersion.state != VersionState.PRUNED
+                )
                 .order_by(ModelVersion.id.desc())
             ).all()
             kept = {project.live_version, self._previous(session, project)}
             kept |= {v.name for v in versions[:keep]}
             doomed = [v for v in versions if v.name not in kept]
             for version in doomed:
-                version.state = "pruned"
+                version.state = VersionState.PRUNED
             key = project.key
         for version in doomed:
             self._registry.remove(key, version.name)
@@ -236,7 +237,7 @@ class Versions:
             raise VersionMissing(
                 f"project {project.key} has no version {name}: `ml-backend versions` lists them"
             )
-        if known.state == "pruned":
+        if known.state == VersionState.PRUNED:
             # Its folder may be there for a moment longer.
             raise VersionMissing(
                 f"version {name} was deleted to make room (ML_BACKEND_KEEP_VERSIONS): "
@@ -250,7 +251,7 @@ class Versions:
             select(ModelVersion.name)
             .where(
                 ModelVersion.project_id == project.id,
-                ModelVersion.state == "retired",
+                ModelVersion.state == VersionState.RETIRED,
                 ModelVersion.name != project.live_version,
             )
             .order_by(ModelVersion.promoted_at.desc())
@@ -258,19 +259,19 @@ class Versions:
         )
 
 
-def _make_live(session: Session, project: Project, name: str, reason: str) -> None:
+def _make_live(session: Session, project: Project, name: str, why: Reason) -> None:
     session.execute(
         update(ModelVersion)
-        .where(ModelVersion.project_id == project.id, ModelVersion.state == "live")
-        .values(state="retired")
+        .where(ModelVersion.project_id == project.id, ModelVersion.state == VersionState.LIVE)
+        .values(state=VersionState.RETIRED)
     )
     session.execute(
         update(ModelVersion)
         .where(ModelVersion.project_id == project.id, ModelVersion.name == name)
-        .values(state="live", reason=reason, promoted_at=now())
+        .values(state=VersionState.LIVE, reason=why, promoted_at=now())
     )
     project.live_version = name
-    _log.info("project %s: %s is live: %s", project.key, name, reason)
+    _log.info("project %s: %s is live (%s)", project.key, name, why.code)
 
 
 def counts_of(card: Mapping[str, Any]) -> dict[str, int]:

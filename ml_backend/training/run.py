@@ -1,4 +1,4 @@
-"""One training, from the store to a verdict. Runs in a process of its own (`supervisor`)."""
+"""One training, from the stored annotations to a verdict; runs in a process of its own."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import logging
 import secrets
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +16,12 @@ from ml_backend import __version__
 from ml_backend.detection.detector import CorruptDetector
 from ml_backend.detection.device import DeviceError, describe_device, resolve_device
 from ml_backend.detection.presets import check
-from ml_backend.label_studio.client import LabelStudioError, Passing
+from ml_backend.jobs.outcomes import Done, Refused, RetryLater
+from ml_backend.jobs.reports import Reporter
 from ml_backend.label_studio.images import ImageUnavailable
 from ml_backend.label_studio.label_config import LabelConfigError, parse_label_config
 from ml_backend.projects.clients import LabelStudios
-from ml_backend.projects.ingest import Ingest
-from ml_backend.projects.reconcile import reconcile
+from ml_backend.reasons import Code, reason
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
 from ml_backend.store.registry import Registry, VersionMissing
@@ -31,50 +29,22 @@ from ml_backend.store.tables import Project
 from ml_backend.training.artefact import load_artefact
 from ml_backend.training.dataset import Dataset, build_dataset
 from ml_backend.training.out_of_fold import save_out_of_fold
-from ml_backend.training.promotion import Verdict, Versions
+from ml_backend.training.promotion import Versions
 from ml_backend.training.trainer import Lesson, Live, Teacher, cost_model
 
 _log = logging.getLogger(__name__)
 
 
-class TrainingRefused(Exception):
-    """There is nothing to train on; the text says why, and what to do."""
-
-
-class PutOff(Exception):
-    """It cannot be done now, and can later; the text says why.
-
-    Attributes:
-        wait: seconds after which it is worth another try.
-    """
-
-    def __init__(self, why: str, wait: float) -> None:
-        super().__init__(why)
-        self.wait = wait
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a training led to.
-
-    Attributes:
-        version: name of the new version.
-        verdict: whether it went live, and why.
-    """
-
-    version: str
-    verdict: Verdict
-
-
 class TrainingRun:
-    """Trains a project's next version and decides whether it goes live.
+    """Trains a project's next version and judges whether it should go live.
 
     Args:
         settings: budget, preset, weights, device.
-        database: where the annotations are.
+        database: where the annotations are; it is only read.
         registry: receives the version.
-        label_studios: where annotations and images are read.
-        on_progress: told the fraction done and a sentence; may raise to stop.
+        label_studios: where images are read.
+        report: hears how far the training is.
+        label_studio_fails: why Label Studio could not be read back just now; None where it could.
     """
 
     def __init__(
@@ -83,31 +53,34 @@ class TrainingRun:
         database: Database,
         registry: Registry,
         label_studios: LabelStudios,
-        on_progress: Callable[[float, str], None],
+        report: Reporter,
+        label_studio_fails: str | None = None,
     ) -> None:
         self._settings = settings
         self._database = database
         self._registry = registry
         self._label_studios = label_studios
         self._versions = Versions(database, registry)
-        self._progress = on_progress
+        self._report = report
+        self._label_studio_fails = label_studio_fails
 
-    def run(self, project_id: int) -> Outcome:
-        """Does it all.
+    def run(self, project_id: int) -> Done:
+        """Trains, measures and judges a version, and publishes its artefact.
 
         Raises:
-            TrainingRefused: too little to learn from, nothing to detect, or a wrong setting.
-            PutOff: Label Studio fails, and images that are needed lie there.
+            Refused: too little to learn from, nothing to detect, or a wrong setting.
+            RetryLater: Label Studio fails, and images that are needed lie there.
             TrainingDiverged: the loss became NaN.
         """
         started = time.monotonic()
         device = self._checked()
-        project, failure = self._read_back(project_id)
+        with self._database.reading() as session:
+            project = session.get_one(Project, project_id)
         try:
             config = parse_label_config(project.label_config)
         except LabelConfigError as error:
-            raise TrainingRefused(f"refused because of the label config: {error}") from error
-        # One training per project at a time: what is there was left by one that was killed.
+            raise Refused(reason(Code.LABEL_CONFIG_UNUSABLE, detail=str(error))) from error
+        # One training per project at a time: files that are there were left by a killed one.
         folder = self._settings.model_dir / "training" / project.key
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -120,14 +93,18 @@ class TrainingRun:
                 folder,
                 max_pixels=self._settings.image_max_pixels,
                 random_share=self._settings.random_share,
-                # While Label Studio fails, those that lie there would count as gone.
-                leave_out=failure is None,
-                on_progress=lambda f, words: self._progress(0.1 * f, words),
+                # While Label Studio fails, images that lie there would count as gone.
+                leave_out=self._label_studio_fails is None,
+                store_sides=self._report.sides,
+                on_progress=lambda f, why: self._report.progress(0.1 * f, why),
             )
             _check(dataset)
             return self._learn(project, dataset, device, started)
         except ImageUnavailable as error:
-            raise PutOff(str(failure or error), self._label_studios.wait(project)) from error
+            detail = self._label_studio_fails or str(error)
+            raise RetryLater(
+                reason(Code.LABEL_STUDIO_FAILS, detail=detail), self._label_studios.wait(project)
+            ) from error
         finally:
             shutil.rmtree(folder)
 
@@ -137,32 +114,17 @@ class TrainingRun:
             device = resolve_device(self._settings.device)
             check(self._settings.preset, self._settings.weights, device)
         except (DeviceError, ValueError) as error:
-            raise TrainingRefused(f"refused because of a setting: {error}") from error
+            raise Refused(reason(Code.SETTING_WRONG, detail=str(error))) from error
         return device
-
-    def _read_back(self, project_id: int) -> tuple[Project, Passing | None]:
-        """The project, brought up to date; and why that could not be, where it may be later."""
-        failure = None
-        with self._database.reading() as session:
-            project = session.get_one(Project, project_id)
-        client = self._label_studios.client(project)
-        if client is None:
-            _log.warning("project %s: no token, nothing is read back", project.key)
-            return project, None
-        self._progress(0.0, "reading back what changed in Label Studio")
-        try:
-            reconcile(project, client, self._database, Ingest(self._database))
-        except LabelStudioError as error:
-            # What the webhooks told is enough to learn from; the next training reads back again.
-            _log.warning("project %s is trained on what webhooks told: %s", project.key, error)
-            failure = error if isinstance(error, Passing) else None
-        with self._database.reading() as session:
-            return session.get_one(Project, project_id), failure
 
     def _learn(
         self, project: Project, dataset: Dataset, device: torch.device, started: float
-    ) -> Outcome:
-        teacher = Teacher(self._settings, device, self._progress)
+    ) -> Done:
+        teacher = Teacher(
+            self._settings,
+            device,
+            lambda f, w: self._report.progress(f, reason(Code.PLAIN, text=w)),
+        )
         lesson = teacher.teach(dataset, self._live(project, device))
         name = self._name(project, dataset, lesson)
         card = self._card(name, project, dataset, lesson)
@@ -182,17 +144,18 @@ class TrainingRun:
             lesson.reference.save(folder)
             save_out_of_fold(folder, dataset.labels, lesson.out_of_fold)
 
+        self._report.check()
         self._registry.publish(project.key, name, write, card)
-        verdict = self._versions.record(
-            project.id,
+        return Done(
+            lesson.verdict.reason,
             name,
-            card,
-            lesson.verdict,
-            parent=project.live_version,
-            revision=dataset.revision,
+            {
+                "card": card,
+                "promote": lesson.verdict.promote,
+                "parent": project.live_version,
+                "revision": dataset.revision,
+            },
         )
-        self._versions.prune(project.id, self._settings.keep_versions)
-        return Outcome(name, verdict)
 
     def _live(self, project: Project, device: torch.device) -> Live | None:
         if project.live_version is None:
@@ -241,7 +204,7 @@ class TrainingRun:
             "comparison": dataclasses.asdict(comparison) if comparison else None,
             "agreement": lesson.agreement,
             # What became of it stands in the database: somebody may roll back meanwhile.
-            "verdict": dataclasses.asdict(verdict),
+            "verdict": {"promote": verdict.promote, **verdict.reason.as_dict()},
             "seconds": {"training": round(result.seconds, 1)},
             "training": {
                 "epochs": result.epochs,
@@ -254,17 +217,14 @@ class TrainingRun:
 
 def _check(dataset: Dataset) -> None:
     if len(dataset.samples) < 2:
-        first = next(iter(dataset.left_out), "")
-        raise TrainingRefused(
-            f"refused because only {len(dataset.samples)} annotated images can be read"
-            + (f"; for example: {first}" if first else ": annotate some and ask again")
+        raise Refused(
+            reason(
+                Code.TOO_FEW_IMAGES,
+                images=len(dataset.samples),
+                example=next(iter(dataset.left_out), None),
+            )
         )
     if dataset.tasks < 2:
-        raise TrainingRefused(
-            "refused because all images are one task's, and nothing is left to measure on: "
-            "annotate another one and ask again"
-        )
+        raise Refused(reason(Code.ONE_TASK_ONLY))
     if not any(len(s.labels) for s in dataset.samples):
-        raise TrainingRefused(
-            "refused because no annotation holds a box of the label config's labels"
-        )
+        raise Refused(reason(Code.NO_BOXES))

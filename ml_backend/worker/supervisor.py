@@ -1,167 +1,205 @@
-"""Runs a training, or predictions by the thousand, in a process of its own.
+"""Runs a job in a process of its own, and watches over it.
 
-Predictions are protected so: the process runs at the lowest priority (nice 19) and uses half the
-cores by default, because two torch processes that each take every core slow each other five-fold.
-It dies with its worker, is ended when it takes far too long or comes no further, and whatever
-kills it is known: the job is tried again, or says what happened.
+Predictions are protected by that: the process runs at the lowest priority (nice 19) and uses half
+of the cores by default, because two PyTorch processes that each take every core slow each other
+five-fold. The process dies with its worker, and is ended when it makes no progress. However it
+ends, the job is tried again or says why it failed.
 """
 
 from __future__ import annotations
 
-import ctypes
+import json
 import logging
 import os
+import queue
 import signal
 import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import IO
 
-from ml_backend.jobs.jobs import Jobs
+from ml_backend.jobs.outcomes import TakenOver
+from ml_backend.jobs.reports import End, Report, parse_report
+from ml_backend.reasons import Code, Reason, reason
 from ml_backend.settings import Settings
+from ml_backend.store.states import JobKind
+from ml_backend.worker.job_run import JobRun
 
 _log = logging.getLogger(__name__)
 
-REFUSED = 3
-"""Exit status of a process that could not do what was asked; its job says why already."""
+PROGRAM = "ml_backend.programs.job"
 _HEARTBEAT = 5.0
 _LOOK = 0.25
 """Seconds between two looks whether the worker stops: it has little time for that."""
 _SILENCE = 900.0
-"""An import into a project of 100,000 tasks may take Label Studio minutes."""
-_PR_SET_PDEATHSIG = 1
+"""Seconds that a job may go on without progress: an import into a project of 100,000 tasks may take
+Label Studio minutes, and measuring thousands of images is one step."""
+_AGAIN = 5.0
+"""Seconds, for each attempt, until a job whose process crashed is tried again."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
-    """How a process ended.
+class Limits:
+    """Seconds that the process of a job may take.
 
     Attributes:
-        status: `done`, `refused`, `crashed` or `stopped` (because the worker stops).
-        reason: what went wrong, in words.
+        silence: without progress.
+        training: from the first step of the training on; None where nothing is trained.
     """
 
-    status: str
-    reason: str = ""
+    silence: float
+    training: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Program:
-    """What runs in a process of its own.
-
-    Attributes:
-        module: of the process; it gets the number of the job.
-        what: it is called in words.
-        limit: seconds that it may take in all; None for no limit.
-        silence: seconds that it may go on without its job coming any further; None for no limit.
-    """
-
-    module: str
-    what: str
-    limit: float | None = None
-    silence: float | None = None
-
-
-def training(settings: Settings) -> Program:
-    """The program that trains."""
-    return Program(
-        "ml_backend.programs.train",
-        "the training",
-        # Reading images and measuring come on top of the budget of the training itself.
-        limit=2 * settings.train_budget + 1800,
-        # It tells of every step; measuring thousands of images is done in one.
-        silence=settings.train_budget + _SILENCE,
-    )
-
-
-AUTO_LABELLING = Program("ml_backend.programs.predict", "auto-labelling", silence=_SILENCE)
-"""The program that predicts the tasks without an annotation: for hours, where there are many."""
-HANDED_OVER = Program(
-    "ml_backend.programs.predict", "predicting what was left over", silence=_SILENCE
-)
-"""The same, for the tasks that a request for predictions left over."""
+def limits_of(kind: JobKind, settings: Settings) -> Limits:
+    """The limits of a kind of job."""
+    if kind == JobKind.TRAIN:
+        budget = settings.train_budget
+        # Measuring and reading the images of a large hold-out come on top of the budget.
+        return Limits(silence=budget + _SILENCE, training=2 * budget + 2 * _SILENCE)
+    return Limits(silence=_SILENCE)
 
 
 def supervise(
-    program: Program, job_id: int, jobs: Jobs, settings: Settings, stopping: threading.Event
-) -> Ended:
-    """Runs a claimed job's program to its end, keeping the job's heart beating.
+    run: JobRun,
+    settings: Settings,
+    stopping: threading.Event,
+    *,
+    device: str | None = None,
+    prepared: Mapping[str, object],
+) -> None:
+    """Runs a claimed job's process to its end, and stores what it reports.
 
     Args:
-        program: what is run.
-        job_id: the job.
-        jobs: where its heart beats.
-        settings: threads.
-        stopping: set when the worker stops; the process is then ended.
+        run: the claimed job.
+        settings: threads, and the budget of a training.
+        stopping: set when the worker stops; the process is then ended and the job put back.
+        device: the device that the worker owns, as a setting names it.
+        prepared: what the worker found out before the process started.
     """
-    threads = str(settings.training_threads)
-    process = subprocess.Popen(
-        [sys.executable, "-m", program.module, str(job_id), str(os.getpid())],
-        env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
-        start_new_session=True,
-    )
-    began = came_on = beaten = time.monotonic()
-    reached: object = None
+    process, pipe = _start(run, settings, device, prepared)
+    watch = _Watch(limits_of(run.job.kind, settings))
+    reports = _reports_of(pipe)
+    beaten = time.monotonic()
     try:
         while True:
-            with suppress(subprocess.TimeoutExpired):
-                return _ended(process.wait(timeout=_LOOK), program.what)
+            for report in _next(reports):
+                if report is None:
+                    run.crashed(_why_ended(process.wait(), run.job.kind), _AGAIN)
+                    return
+                watch.heard(report)
+                run.apply(report)
+                if isinstance(report, End):
+                    process.wait()
+                    return
             if stopping.is_set():
-                return Ended("stopped", "the worker was stopped")
-            if time.monotonic() < beaten + _HEARTBEAT:
-                continue
-            jobs.beat(job_id)
-            beaten = time.monotonic()
-            if program.limit is not None and time.monotonic() > began + program.limit:
-                return Ended(
-                    "crashed", f"{program.what} went far beyond its time budget and was ended"
-                )
-            if (now_at := _reached(jobs, job_id)) != reached:
-                reached, came_on = now_at, time.monotonic()
-            if program.silence is not None and time.monotonic() > came_on + program.silence:
-                return Ended(
-                    "crashed",
-                    f"{program.what} came no further for {program.silence / 60:.3g} minutes and "
-                    "was ended",
-                )
+                run.stopped()
+                return
+            if time.monotonic() > beaten + _HEARTBEAT:
+                beaten = time.monotonic()
+                run.beat()
+                if (why := watch.overdue(run.job.kind)) is not None:
+                    run.crashed(why, _AGAIN)
+                    return
+    except TakenOver:
+        _log.warning("job %d was silent for too long, and another run has it", run.job.id)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        pipe.close()
 
 
-def lower_priority(parent: int) -> None:
-    """Makes this process give way to every other, and die with its parent (Linux).
+class _Watch:
+    """Knows when the process of a job takes too long."""
 
-    Args:
-        parent: its process id; killed by now, it could no longer tell us.
-    """
-    os.nice(19)
-    die_with_parent(signal.SIGKILL)
-    if os.getppid() != parent:
-        raise SystemExit("whoever started this is gone")
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._came_on = time.monotonic()
+        self._training_since: float | None = None
+        self._reached: object = None
+
+    def heard(self, report: Report) -> None:
+        """Notes a report; only one that differs from the last is progress."""
+        reached = report.model_dump()
+        if reached != self._reached:
+            self._reached, self._came_on = reached, time.monotonic()
+        code = reached.get("reason", {}).get("code")
+        if code == Code.TRAINING and self._training_since is None:
+            self._training_since = time.monotonic()
+
+    def overdue(self, kind: JobKind) -> Reason | None:
+        """Why the process is to be ended; None while it may go on."""
+        moment = time.monotonic()
+        limit, since = self._limits.training, self._training_since
+        if limit is not None and since is not None and moment > since + limit:
+            return reason(Code.TIME_LIMIT, kind=kind)
+        if moment > self._came_on + self._limits.silence:
+            return reason(Code.NO_PROGRESS, kind=kind, seconds=self._limits.silence)
+        return None
 
 
-def die_with_parent(signum: signal.Signals = signal.SIGTERM) -> None:
-    """Makes this process get a signal when the thread that started it ends, however (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signum)
+def _start(
+    run: JobRun,
+    settings: Settings,
+    device: str | None,
+    prepared: Mapping[str, object],
+) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
+    threads = str(settings.training_threads)
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    if device is not None:
+        environment["ML_BACKEND_DEVICE"] = device
+    mine, theirs = os.pipe()
+    try:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", PROGRAM, str(run.job.kind), str(run.job.id)),
+                *(str(run.job.claim), str(os.getpid()), str(theirs), json.dumps(prepared)),
+            ],
+            env=environment,
+            pass_fds=[theirs],
+            start_new_session=True,
+        )
+    except BaseException:
+        os.close(mine)
+        raise
+    finally:
+        os.close(theirs)
+    return process, os.fdopen(mine, "rb")
 
 
-def _reached(jobs: Jobs, job_id: int) -> object:
-    job = jobs.get(job_id)
-    return job and (job.progress, job.reason)
+def _reports_of(pipe: IO[bytes]) -> queue.Queue[Report | None]:
+    """The reports that come through a pipe, as they come; None after the last."""
+    found: queue.Queue[Report | None] = queue.Queue()
+
+    def read() -> None:
+        try:
+            for line in pipe:
+                found.put(parse_report(line))
+        except ValueError:
+            # A process that is killed may leave half a line.
+            _log.warning("a job's process sent half a report", exc_info=True)
+        finally:
+            found.put(None)
+
+    threading.Thread(target=read, name="reports", daemon=True).start()
+    return found
 
 
-def _ended(code: int, what: str) -> Ended:
-    if code == 0:
-        return Ended("done")
-    if code == REFUSED:
-        return Ended("refused")
+def _next(reports: queue.Queue[Report | None]) -> list[Report | None]:
+    """The next report, None for the end of the pipe; empty where none comes for a moment."""
+    try:
+        return [reports.get(timeout=_LOOK)]
+    except queue.Empty:
+        return []
+
+
+def _why_ended(code: int, kind: JobKind) -> Reason:
     if code == -signal.SIGKILL:
-        return Ended("crashed", f"{what} was killed (out of memory, most likely)")
+        return reason(Code.PROCESS_KILLED, kind=kind)
     if code < 0:
-        return Ended("crashed", f"{what} died of {signal.Signals(-code).name}")
-    return Ended("crashed", f"{what} crashed; the log has its traceback")
+        return reason(Code.PROCESS_DIED, kind=kind, signal=signal.Signals(-code).name)
+    return reason(Code.PROCESS_CRASHED, kind=kind)

@@ -1,0 +1,58 @@
+"""Devices of this host: each worker owns one, so that a host trains on all of them at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ml_backend.settings import Settings
+
+_LIST = (
+    "import sys; from ml_backend.detection.device import serving_devices; "
+    "print(*serving_devices(sys.argv[1]))"
+)
+
+
+def devices_of_host(setting: str) -> list[str]:
+    """The devices that a setting allows, as `cpu` or `cuda:N`.
+
+    PyTorch is asked in a process of its own: a worker without it takes a fifth of the memory.
+
+    Args:
+        setting: `ML_BACKEND_DEVICE`.
+
+    Raises:
+        RuntimeError: the device cannot be used; the text says why.
+    """
+    if setting == "cpu":
+        return ["cpu"]
+    done = subprocess.run(
+        [sys.executable, "-c", _LIST, setting], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    return done.stdout.split()
+
+
+def own_device(settings: Settings, devices: Sequence[str]) -> tuple[str, FileLock] | None:
+    """Takes a device of this host for as long as the lock is held.
+
+    The lock's file names the host: several hosts may share one `MODEL_DIR`.
+
+    Returns:
+        The device and its lock; None where other workers of this host own them all.
+    """
+    for device in devices:
+        folder = settings.model_dir / "locks"
+        folder.mkdir(exist_ok=True)
+        lock = FileLock(Path(folder) / f"{settings.this_host}-{device.replace(':', '-')}.lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            continue
+        return device, lock
+    return None

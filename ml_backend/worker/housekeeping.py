@@ -1,0 +1,193 @@
+"""Looks every second at what must be done without anyone asking: when a training is due, whether
+tasks lack predictions, whether Label Studio shows the live version, and what people made of boxes.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy import select
+
+from ml_backend.audits.audits import Audits
+from ml_backend.jobs.jobs import Jobs
+from ml_backend.jobs.requests import Requests
+from ml_backend.projects.clients import LabelStudios
+from ml_backend.projects.connection_title import InStep
+from ml_backend.settings import Settings
+from ml_backend.store.database import Database
+from ml_backend.store.states import JobState
+from ml_backend.store.tables import Project, now
+
+_log = logging.getLogger(__name__)
+
+_TICK = 1.0
+_TITLE_AGAIN = 30.0
+"""Seconds until a connection whose title could not be changed is tried again."""
+_AUDIT_EVERY = 5.0
+"""Seconds between two audits of a project: people annotate faster than anyone looks at them."""
+_PRUNE_EVERY = 3600.0
+_THREADS = 4
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What the last looks at a project found; moments are of `time.monotonic`.
+
+    Attributes:
+        revision: for which a training was considered; -1 where that must be done again.
+        due: when the quiet time of a waiting training ends.
+        live: the version that the connection's title was changed to; empty before the first look.
+        title_at: when the title is tried again.
+        tasks: the live version and the last sign of life for which predictions were considered.
+        audited: the revision that was audited.
+        audit_at: when the next audit may be.
+    """
+
+    revision: int = -1
+    due: datetime | None = None
+    live: str | None = ""
+    title_at: float | None = None
+    tasks: tuple[str | None, datetime | None] | None = None
+    audited: int = -1
+    audit_at: float = 0.0
+
+
+class Housekeeping:
+    """Keeps every project going, on a thread of its own.
+
+    Args:
+        settings: whether tasks are predicted without being asked for.
+        database: the projects.
+        jobs: recovers jobs.
+        requests: asks for jobs.
+        label_studios: clients by project.
+        title: keeps the title of the connection.
+        audits: counts what people made of predictions.
+        running: jobs that this process runs.
+        forget: ends entries of the queue that nobody works on any more.
+        prune: deletes old entries of the queue.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        jobs: Jobs,
+        requests: Requests,
+        label_studios: LabelStudios,
+        title: InStep,
+        audits: Audits,
+        *,
+        running: Callable[[], Iterable[int]],
+        forget: Callable[[Iterable[str]], None],
+        prune: Callable[[], None],
+    ) -> None:
+        self._settings = settings
+        self._database = database
+        self._jobs = jobs
+        self._requests = requests
+        self._label_studios = label_studios
+        self._title = title
+        self._audits = audits
+        self._running = running
+        self._forget = forget
+        self._prune = prune
+        self._pruned_at = time.monotonic()
+        self._seen: dict[int, _Seen] = {}
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="housekeeping")
+
+    def run(self, stopping: threading.Event) -> None:
+        """Looks every second until the worker stops."""
+        while not stopping.wait(_TICK):
+            try:
+                self._look()
+            except Exception:
+                # The database may be away for a moment; the next look tries again.
+                _log.exception("looking for work failed")
+        self._pool.shutdown(cancel_futures=True)
+
+    def ended(self, project_id: int) -> None:
+        """Looks again at a project of which a job has ended: more may have changed meanwhile."""
+        seen = self._seen.get(project_id)
+        if seen is not None:
+            seen.revision, seen.tasks = -1, None
+
+    def _look(self) -> None:
+        self._database.checkpoint()
+        self._forget(self._jobs.recover(set(self._running())))
+        if time.monotonic() > self._pruned_at + _PRUNE_EVERY:
+            self._pruned_at = time.monotonic()
+            self._prune()
+        with self._database.reading() as session:
+            projects = session.scalars(select(Project)).all()
+        for project in projects:
+            seen = self._seen.setdefault(project.id, _Seen())
+            self._consider_training(project, seen)
+            self._consider_title(project, seen)
+            self._consider_predictions(project, seen)
+            self._consider_audit(project, seen)
+
+    def _consider_training(self, project: Project, seen: _Seen) -> None:
+        changed = seen.revision != project.revision
+        due = seen.due is not None and seen.due <= now()
+        if project.revision <= project.trained_revision or not (changed or due):
+            return
+        seen.revision = project.revision
+        asked = self._requests.training(project.id)
+        seen.due = None
+        if asked.state == JobState.WAITING:
+            waiting = self._requests.waiting_training(project.id)
+            seen.due = waiting.not_before if waiting is not None else None
+
+    def _consider_title(self, project: Project, seen: _Seen) -> None:
+        # Once after the start as well: a worker may have died between a promotion and this.
+        again = seen.title_at is not None and seen.title_at <= time.monotonic()
+        if seen.live == project.live_version and not again:
+            return
+        seen.live, seen.title_at = project.live_version, None
+        self._submit(self._update_title, project.id)
+
+    def _consider_predictions(self, project: Project, seen: _Seen) -> None:
+        # A version may be new, or tasks.
+        tasks = (project.live_version, project.heard_at)
+        if not self._settings.auto_label or seen.tasks == tasks:
+            return
+        seen.tasks = tasks
+        self._submit(self._predict_tasks, project)
+
+    def _consider_audit(self, project: Project, seen: _Seen) -> None:
+        moment = time.monotonic()
+        if seen.audited == project.revision or seen.audit_at > moment:
+            return
+        seen.audited, seen.audit_at = project.revision, moment + _AUDIT_EVERY
+        self._submit(self._audit, project.id)
+
+    def _update_title(self, project_id: int) -> None:
+        if not self._title.update(project_id):
+            self._seen[project_id].title_at = time.monotonic() + _TITLE_AGAIN
+
+    def _predict_tasks(self, project: Project) -> None:
+        # Without a token nothing can be imported; the command says so.
+        if self._label_studios.client(project) is not None:
+            self._requests.autolabel(project.id)
+
+    def _audit(self, project_id: int) -> None:
+        wait = self._audits.update(project_id)
+        if wait is not None:
+            seen = self._seen[project_id]
+            seen.audited, seen.audit_at = -1, time.monotonic() + wait
+
+    def _submit(self, work: Callable[..., None], *arguments: object) -> None:
+        def do() -> None:
+            try:
+                work(*arguments)
+            except Exception:
+                _log.exception("housekeeping failed")
+
+        self._pool.submit(do)

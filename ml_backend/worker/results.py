@@ -1,0 +1,117 @@
+"""Stores what a job that is done leaves behind, in the transaction that ends the job."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from ml_backend.jobs.jobs import Jobs
+from ml_backend.jobs.outcomes import TakenOver
+from ml_backend.jobs.payloads import ShardPayload
+from ml_backend.jobs.queue import Queue
+from ml_backend.jobs.reports import End
+from ml_backend.jobs.requests import Requests
+from ml_backend.reasons import Reason
+from ml_backend.settings import Settings
+from ml_backend.store.database import Database
+from ml_backend.store.registry import Registry
+from ml_backend.store.states import JobKind, JobState
+from ml_backend.store.tables import Job, Project
+from ml_backend.training.promotion import Verdict, Versions
+
+
+class Results:
+    """Stores results by the kind of the job.
+
+    Args:
+        settings: how many versions are kept.
+        database: where everything is stored.
+        jobs: ends jobs.
+        requests: asks for the jobs that follow.
+        queue: receives the shards of an auto-labelling.
+        versions: receives new versions.
+        registry: holds their artefacts.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        jobs: Jobs,
+        requests: Requests,
+        queue: Queue,
+        versions: Versions,
+        registry: Registry,
+    ) -> None:
+        self._settings = settings
+        self._database = database
+        self._jobs = jobs
+        self._requests = requests
+        self._queue = queue
+        self._versions = versions
+        self._registry = registry
+
+    def store(self, job: Job, end: End) -> None:
+        """Ends a job as done, and stores its result.
+
+        Raises:
+            TakenOver: another run has the job; nothing is stored.
+        """
+        why, result = Reason.of(end.reason), end.result or {}
+        if job.kind == JobKind.TRAIN:
+            self._store_version(job, str(end.version), why, result)
+            return
+        with self._database.session() as session:
+            # Whoever changes jobs along with something else holds their project first: in other
+            # orders, two would wait for each other.
+            session.get_one(Project, job.project_id, with_for_update=True)
+            if result.get("shards"):
+                self._start_shards(session, job, why, result)
+                return
+            self._jobs.finish(job, JobState.DONE, why, version=end.version, session=session)
+            if result.get("stale") is not None:
+                self._requests.stale_removal(session, job.project_id, result["stale"])
+
+    def _store_version(self, job: Job, name: str, why: Reason, result: dict[str, Any]) -> None:
+        """Enters a trained version, makes it live if it should be, and ends its training."""
+        try:
+            with self._database.session() as session:
+                verdict = self._versions.record(
+                    session,
+                    job.project_id,
+                    name,
+                    result["card"],
+                    Verdict(result["promote"], why),
+                    parent=result["parent"],
+                    revision=result["revision"],
+                )
+                self._jobs.finish(job, JobState.DONE, verdict.reason, version=name, session=session)
+        except TakenOver:
+            with self._database.reading() as session:
+                key = session.get_one(Project, job.project_id).key
+            self._registry.remove(key, name)
+            raise
+        self._versions.prune(job.project_id, self._settings.keep_versions)
+
+    def _start_shards(
+        self, session: Session, job: Job, why: Reason, result: dict[str, Any]
+    ) -> None:
+        """Gives an auto-labelling's tasks to shards; the job goes on after the last."""
+        self._jobs.wait_for_shards(session, job, why, result["checkpoint"])
+        parts: Sequence[dict[str, Any]] = result["shards"]
+        for part in parts:
+            shard = Job(
+                project_id=job.project_id,
+                parent_id=job.id,
+                kind=JobKind.AUTOLABEL_SHARD,
+                state=JobState.QUEUED,
+                trigger=job.trigger,
+                reason=why,
+                version=ShardPayload.model_validate(part).version,
+                payload=part,
+            )
+            session.add(shard)
+            session.flush()
+            self._queue.put(session, shard)
