@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from ml_backend.audits.audits import Audits
 from ml_backend.jobs.jobs import Jobs
 from ml_backend.label_studio.images import DiskCache
-from ml_backend.projects.clients import LabelStudios
-from ml_backend.projects.connection_title import InStep
+from ml_backend.projects.clients import Clients
+from ml_backend.projects.connection_title import ConnectionTitle
 from ml_backend.projects.ingest import Ingest
 from ml_backend.serving.stale_predictions import Tidy
 from ml_backend.settings import Settings, SettingsError
@@ -72,10 +72,10 @@ class Backend:
         return Registry(self.settings.model_dir)
 
     @functools.cached_property
-    def label_studios(self) -> LabelStudios:
+    def label_studios(self) -> Clients:
         """Clients and images by project."""
         cache = DiskCache(self.settings.model_dir / "images", self.settings.image_cache_bytes)
-        return LabelStudios(self.settings, self.database, cache)
+        return Clients(self.settings, self.database, cache)
 
     @functools.cached_property
     def ingest(self) -> Ingest:
@@ -114,9 +114,9 @@ class Backend:
         return Serving(self.settings, self.models, self.label_studios)
 
     @functools.cached_property
-    def in_step(self) -> InStep:
+    def connection_title(self) -> ConnectionTitle:
         """Keeps Label Studio's side in step."""
-        return InStep(self.settings, self.database, self.label_studios)
+        return ConnectionTitle(self.settings, self.database, self.label_studios)
 
     @functools.cached_property
     def audits(self) -> Audits:
@@ -130,7 +130,7 @@ class Backend:
             self.database,
             self.jobs,
             self.tasks,
-            self.in_step,
+            self.connection_title,
             self.audits,
             self.label_studios,
             Tidy(self.database, self.label_studios, self.audits.update),

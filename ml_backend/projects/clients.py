@@ -15,7 +15,7 @@ from sqlalchemy import update
 
 from ml_backend.label_studio.client import LabelStudioClient, LabelStudioError, NotFound
 from ml_backend.label_studio.images import DiskCache, ImageSource
-from ml_backend.projects.connectivity import Contacts
+from ml_backend.projects.connectivity import Connectivity
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
 from ml_backend.store.tables import Project
@@ -23,7 +23,7 @@ from ml_backend.store.tables import Project
 _log = logging.getLogger(__name__)
 
 
-class LabelStudios:
+class Clients:
     """Clients and image sources by project.
 
     Args:
@@ -39,7 +39,7 @@ class LabelStudios:
         self._settings = settings
         self._database = database
         self._cache = cache
-        self.contacts = Contacts(database)
+        self.connectivity = Connectivity(database)
         self._lock = threading.Lock()
         self._clients: dict[tuple[str, str], LabelStudioClient] = {}
         self._sources: dict[tuple[str | None, str | None, str | None], ImageSource] = {}
@@ -62,7 +62,7 @@ class LabelStudios:
     def wait(self, project: Project) -> float:
         """Seconds after which a project's Label Studio, which fails, is worth asking again."""
         client = self.client(project)
-        return self.contacts.wait(client.url if client else project.url or "")
+        return self.connectivity.wait(client.url if client else project.url or "")
 
     def images(self, project: Project) -> ImageSource:
         """Reads the images of a project's tasks."""
@@ -86,7 +86,7 @@ class LabelStudios:
         with self._lock:
             if (url, token) not in self._clients:
                 self._clients[url, token] = LabelStudioClient(
-                    url, token, functools.partial(self.contacts.note, url)
+                    url, token, functools.partial(self.connectivity.note, url)
                 )
             return self._clients[url, token]
 

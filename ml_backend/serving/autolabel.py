@@ -23,7 +23,7 @@ from ml_backend.label_studio.label_config import (
     LabelConfigError,
     parse_label_config,
 )
-from ml_backend.projects.clients import LabelStudios
+from ml_backend.projects.clients import Clients
 from ml_backend.serving.stale_predictions import older_versions
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
@@ -111,7 +111,7 @@ class AutoLabel:
         settings: Settings,
         database: Database,
         jobs: Jobs,
-        label_studios: LabelStudios,
+        label_studios: Clients,
         serving: Callable[[], Serving],
         version_of: Callable[[Project], str],
     ) -> None:
@@ -323,7 +323,7 @@ class AutoLabel:
 
 
 def what_is_needed(
-    project: Project, label_studios: LabelStudios
+    project: Project, label_studios: Clients
 ) -> tuple[LabelStudioClient, LabelConfig]:
     """What a project's tasks are predicted with.
 
@@ -366,7 +366,7 @@ def why_not(
     config: LabelConfig,
     task: dict[str, Any],
     settings: Settings,
-    label_studios: LabelStudios,
+    label_studios: Clients,
 ) -> str:
     """Why a task has no prediction: its images are read once more."""
     images = label_studios.images(project)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ml_backend.jobs.jobs import Jobs
-from ml_backend.projects.clients import LabelStudios
+from ml_backend.projects.clients import Clients
 from ml_backend.serving.autolabel import (
     AT_ONCE,
     PATIENCE,
@@ -67,7 +67,7 @@ class Leftovers:
         settings: Settings,
         database: Database,
         jobs: Jobs,
-        label_studios: LabelStudios,
+        label_studios: Clients,
         serving: Callable[[], Serving],
         version_of: Callable[[Project], str],
     ) -> None:

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from ml_backend.jobs.jobs import Jobs
 from ml_backend.label_studio.client import LabelStudioClient, NotFound
-from ml_backend.projects.clients import LabelStudios
+from ml_backend.projects.clients import Clients
 from ml_backend.store.database import Database
 from ml_backend.store.tables import PRETRAINED, UNTRAINED, Job, ModelVersion, Project
 
@@ -46,7 +46,7 @@ class Tidy:
     def __init__(
         self,
         database: Database,
-        label_studios: LabelStudios,
+        label_studios: Clients,
         settle: Callable[[int], float | None],
     ) -> None:
         self._database = database

@@ -21,7 +21,7 @@ from ml_backend.detection.presets import check
 from ml_backend.label_studio.client import LabelStudioError, Passing
 from ml_backend.label_studio.images import ImageUnavailable
 from ml_backend.label_studio.label_config import LabelConfigError, parse_label_config
-from ml_backend.projects.clients import LabelStudios
+from ml_backend.projects.clients import Clients
 from ml_backend.projects.ingest import Ingest
 from ml_backend.projects.reconcile import reconcile
 from ml_backend.settings import Settings
@@ -82,7 +82,7 @@ class TrainingRun:
         settings: Settings,
         database: Database,
         registry: Registry,
-        label_studios: LabelStudios,
+        label_studios: Clients,
         on_progress: Callable[[float, str], None],
     ) -> None:
         self._settings = settings

@@ -24,8 +24,8 @@ from sqlalchemy import select
 from ml_backend.audits.audits import Audits
 from ml_backend.jobs.jobs import Jobs, TakenOver
 from ml_backend.label_studio.client import Passing
-from ml_backend.projects.clients import LabelStudios
-from ml_backend.projects.connection_title import InStep
+from ml_backend.projects.clients import Clients
+from ml_backend.projects.connection_title import ConnectionTitle
 from ml_backend.serving.stale_predictions import NotYet, Tidy
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
@@ -103,16 +103,16 @@ class Worker:
         database: Database,
         jobs: Jobs,
         tasks: Tasks,
-        in_step: InStep,
+        connection_title: ConnectionTitle,
         audits: Audits,
-        label_studios: LabelStudios,
+        label_studios: Clients,
         tidy: Tidy,
     ) -> None:
         self._settings = settings
         self._database = database
         self._jobs = jobs
         self._tasks = tasks
-        self._in_step = in_step
+        self._connection_title = connection_title
         self._audits = audits
         self._label_studios = label_studios
         self._tidy = tidy
@@ -297,7 +297,7 @@ class Worker:
             self._jobs.try_again(job.id, str(error), wait=60.0 * job.attempt)
 
     def _keep_in_step(self, project_id: int) -> None:
-        if not self._in_step.update(project_id):
+        if not self._connection_title.update(project_id):
             # Not by way of the queue, which outlives us: each start would add one more.
             self._step_at[project_id] = time.monotonic() + _STEP_AGAIN
 
