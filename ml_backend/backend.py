@@ -14,8 +14,8 @@ from ml_backend.jobs.queue import Queue
 from ml_backend.jobs.reports import Reporter
 from ml_backend.jobs.requests import Requests
 from ml_backend.label_studio.images import DiskCache
-from ml_backend.projects.clients import LabelStudios
-from ml_backend.projects.connection_title import InStep
+from ml_backend.projects.clients import Clients
+from ml_backend.projects.connection_title import ConnectionTitle
 from ml_backend.projects.ingest import Ingest
 from ml_backend.settings import Settings, SettingsError
 from ml_backend.store.database import Database, SchemaError
@@ -87,11 +87,11 @@ class Backend:
         return Registry(self.settings.model_dir)
 
     @functools.cached_property
-    def label_studios(self) -> LabelStudios:
+    def label_studios(self) -> Clients:
         """Clients and images by project."""
         cache = DiskCache(self.settings.model_dir / "images", self.settings.image_cache_bytes)
         note = self._report.contact if self._report is not None else None
-        return LabelStudios(self.settings, self.database, cache, note)
+        return Clients(self.settings, self.database, cache, note)
 
     @functools.cached_property
     def ingest(self) -> Ingest:
@@ -135,9 +135,9 @@ class Backend:
         return Serving(self.settings, self.models, self.label_studios)
 
     @functools.cached_property
-    def in_step(self) -> InStep:
+    def connection_title(self) -> ConnectionTitle:
         """Keeps Label Studio's side in step."""
-        return InStep(self.settings, self.database, self.label_studios)
+        return ConnectionTitle(self.settings, self.database, self.label_studios)
 
     @functools.cached_property
     def audits(self) -> Audits:
@@ -189,7 +189,7 @@ class Backend:
             self.jobs,
             self.requests,
             self.label_studios,
-            self.in_step,
+            self.connection_title,
             self.audits,
             running=running,
             forget=engine.forget,

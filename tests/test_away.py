@@ -342,7 +342,7 @@ def test_a_page_instead_of_an_image_is_not_kept(
 
 def test_who_waits_longer_asks_less_often(tmp_path: Path) -> None:
     site = Backend(load_settings({"MODEL_DIR": str(tmp_path)}))
-    contacts = site.label_studios.contacts
+    contacts = site.label_studios.connectivity
     contacts.note("http://there", Unreachable("it does not answer"))
     with site.database.reading() as session:
         assert session.scalars(select_rows(Contact.failure)).one() == "unreachable"

@@ -99,7 +99,7 @@ class Site:
 
     def follow(self) -> None:
         """What the worker does after a promotion."""
-        assert self.backend().in_step.update(self.row().id)
+        assert self.backend().connection_title.update(self.row().id)
 
     def call(self, method: str, path: str, body: object = None) -> Any:
         """One request to Label Studio's API."""

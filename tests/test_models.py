@@ -19,7 +19,7 @@ from ml_backend.detection.batching import PredictorClosed
 from ml_backend.detection.detector import Detector
 from ml_backend.detection.presets import PRESETS
 from ml_backend.label_studio.label_config import parse_label_config
-from ml_backend.projects.clients import LabelStudios
+from ml_backend.projects.clients import Clients
 from ml_backend.serving import model_cache as module
 from ml_backend.serving.model_cache import Models
 from ml_backend.serving.predictions import Serving
@@ -204,7 +204,7 @@ def test_what_goes_on_beyond_a_deadline_keeps_its_model(
     project, other = loaded.learn(1), loaded.learn(2)
     PICTURE.save(tmp_path / "picture.png")
     images = _Slow((tmp_path / "picture.png").read_bytes())
-    monkeypatch.setattr(LabelStudios, "images", lambda *_: images)
+    monkeypatch.setattr(Clients, "images", lambda *_: images)
     serving = Serving(loaded.backend.settings, loaded.models, loaded.backend.label_studios)
     task: dict[str, Any] = {"id": 1, "data": {"image": "x"}}
     predicted = serving.predict(

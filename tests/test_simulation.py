@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from ml_backend.cli import app
+from ml_backend.cli.app import app
 from ml_backend.demo.shapes import SHAPES, generate
 from ml_backend.detection.detector import Detector
 from ml_backend.detection.presets import PRESETS

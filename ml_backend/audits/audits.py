@@ -30,7 +30,7 @@ from ml_backend.label_studio.client import (
 from ml_backend.label_studio.events import PredictionInfo
 from ml_backend.label_studio.label_config import BoxControl, LabelConfigError, parse_label_config
 from ml_backend.label_studio.regions import Box, read_regions
-from ml_backend.projects.clients import LabelStudios
+from ml_backend.projects.clients import Clients
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
 from ml_backend.store.tables import PRETRAINED, UNTRAINED, Annotation, Audit, ModelVersion, Project
@@ -193,7 +193,7 @@ class Audits:
         label_studios: where the predictions are read.
     """
 
-    def __init__(self, settings: Settings, database: Database, label_studios: LabelStudios) -> None:
+    def __init__(self, settings: Settings, database: Database, label_studios: Clients) -> None:
         self._settings = settings
         self._database = database
         self._label_studios = label_studios

@@ -25,7 +25,7 @@ from ml_backend.label_studio.label_config import (
     match_labels,
     parse_label_config,
 )
-from ml_backend.projects.clients import LabelStudios
+from ml_backend.projects.clients import Clients
 from ml_backend.projects.connect import (
     connection_fields,
     has_credentials,
@@ -67,7 +67,7 @@ class Doctor:
         settings: Settings,
         database: Database,
         registry: Registry,
-        label_studios: LabelStudios,
+        label_studios: Clients,
     ) -> None:
         self._settings = settings
         self._database = database
@@ -76,7 +76,7 @@ class Doctor:
 
     def _of_late(self) -> Iterator[Finding]:
         """What server and worker met with: they may reach what we do not, and the other way."""
-        for contact in self._label_studios.contacts.all():
+        for contact in self._label_studios.connectivity.all():
             if contact.failing_since is not None:
                 yield Finding(
                     "requests",

@@ -10,13 +10,14 @@ from flask import Flask, Response, g, request
 
 from ml_backend.backend import Backend
 from ml_backend.http import (
+    delete,
+    duplicate_model,
     errors,
     health,
     job_status,
     metrics,
     openapi,
     predict,
-    rarely_called,
     setup,
     train,
     validate,
@@ -59,7 +60,8 @@ def create_app(backend: Backend | None = None) -> Flask:
         validate,
         train,
         job_status,
-        rarely_called,
+        duplicate_model,
+        delete,
         metrics,
         openapi,
     ):

@@ -20,7 +20,7 @@ from sqlalchemy import func, select
 
 from ml_backend.audits.audits import Audits
 from ml_backend.http.request import backend
-from ml_backend.projects.connectivity import Contacts
+from ml_backend.projects.connectivity import Connectivity
 from ml_backend.store.database import Database
 from ml_backend.store.tables import Job, ModelVersion, Project, now
 
@@ -30,7 +30,7 @@ blueprint = Blueprint("metrics", __name__)
 class _FromDatabase:
     """Jobs, live versions, audits and how Label Studio answers, as the database has them."""
 
-    def __init__(self, database: Database, audits: Audits, contacts: Contacts) -> None:
+    def __init__(self, database: Database, audits: Audits, contacts: Connectivity) -> None:
         self._database = database
         self._contacts = contacts
         self._audits = audits
@@ -122,7 +122,7 @@ def metrics() -> Response:
     """Counters of all worker processes, and gauges from the database."""
     shown = CollectorRegistry()
     shown.register(
-        _FromDatabase(backend().database, backend().audits, backend().label_studios.contacts)
+        _FromDatabase(backend().database, backend().audits, backend().label_studios.connectivity)
     )
     text = generate_latest(shown)
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:

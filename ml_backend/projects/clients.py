@@ -16,7 +16,7 @@ from sqlalchemy import update
 
 from ml_backend.label_studio.client import LabelStudioClient, LabelStudioError, NotFound
 from ml_backend.label_studio.images import DiskCache, ImageSource
-from ml_backend.projects.connectivity import Contacts
+from ml_backend.projects.connectivity import Connectivity
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
 from ml_backend.store.tables import Project
@@ -24,7 +24,7 @@ from ml_backend.store.tables import Project
 _log = logging.getLogger(__name__)
 
 
-class LabelStudios:
+class Clients:
     """Clients and image sources by project.
 
     Args:
@@ -48,7 +48,7 @@ class LabelStudios:
         self._settings = settings
         self._database = database
         self._cache = cache
-        self.contacts = Contacts(database, note)
+        self.connectivity = Connectivity(database, note)
         self._lock = threading.Lock()
         self._clients: dict[tuple[str, str], LabelStudioClient] = {}
         self._sources: dict[tuple[str | None, str | None, str | None], ImageSource] = {}
@@ -71,7 +71,7 @@ class LabelStudios:
     def wait(self, project: Project) -> float:
         """Seconds after which a project's Label Studio, which fails, is worth asking again."""
         client = self.client(project)
-        return self.contacts.wait(client.url if client else project.url or "")
+        return self.connectivity.wait(client.url if client else project.url or "")
 
     def wait_for(self, project_id: int) -> float:
         """Seconds after which the Label Studio of a project, which fails, is worth asking again."""
@@ -100,7 +100,7 @@ class LabelStudios:
         with self._lock:
             if (url, token) not in self._clients:
                 self._clients[url, token] = LabelStudioClient(
-                    url, token, functools.partial(self.contacts.note, url)
+                    url, token, functools.partial(self.connectivity.note, url)
                 )
             return self._clients[url, token]
 

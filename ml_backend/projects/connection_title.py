@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 
 from ml_backend.label_studio.client import LabelStudioError, NotFound
-from ml_backend.projects.clients import LabelStudios
+from ml_backend.projects.clients import Clients
 from ml_backend.projects.connect import connection_fields, has_credentials, own_connections
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
@@ -19,10 +19,10 @@ from ml_backend.store.tables import Project
 _log = logging.getLogger(__name__)
 
 
-class InStep:
+class ConnectionTitle:
     """Moves the title of a project's connection to the live version."""
 
-    def __init__(self, settings: Settings, database: Database, label_studios: LabelStudios) -> None:
+    def __init__(self, settings: Settings, database: Database, label_studios: Clients) -> None:
         self._settings = settings
         self._database = database
         self._label_studios = label_studios

@@ -27,7 +27,7 @@ _SOONEST = timedelta(seconds=30)
 _LATEST = timedelta(minutes=10)
 
 
-class Contacts:
+class Connectivity:
     """Notes what becomes of requests to Label Studio.
 
     Args:

@@ -33,10 +33,6 @@ from ml_backend.store.database import Database, in_chunks
 from ml_backend.store.tables import Annotation, Project, Task, now
 
 
-class UnknownProject(LookupError):
-    """No project of that key has been heard of; the text says what to do."""
-
-
 @dataclass(frozen=True, slots=True)
 class Applied:
     """What an event did.

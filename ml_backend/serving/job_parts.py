@@ -17,7 +17,7 @@ from ml_backend.label_studio.label_config import (
     LabelConfigError,
     parse_label_config,
 )
-from ml_backend.projects.clients import LabelStudios
+from ml_backend.projects.clients import Clients
 from ml_backend.reasons import Code, reason
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
@@ -50,7 +50,7 @@ class PredictionParts:
 
     settings: Settings
     database: Database
-    label_studios: LabelStudios
+    label_studios: Clients
     serving: Callable[[], Serving]
     version_of: Callable[[Project], str]
     report: Reporter

@@ -18,7 +18,7 @@ from ml_backend.detection.types import Detections
 from ml_backend.label_studio.images import ImageSource, ImageUnavailable
 from ml_backend.label_studio.label_config import BoxControl, LabelConfig, match_labels
 from ml_backend.label_studio.regions import write_regions
-from ml_backend.projects.clients import LabelStudios
+from ml_backend.projects.clients import Clients
 from ml_backend.serving.counters import IMAGE_FAILURES, PREDICTED
 from ml_backend.serving.model_cache import LoadedModel, Models
 from ml_backend.settings import Settings
@@ -60,7 +60,7 @@ class _Found:
 class Serving:
     """Predicts for the tasks of any project."""
 
-    def __init__(self, settings: Settings, models: Models, label_studios: LabelStudios) -> None:
+    def __init__(self, settings: Settings, models: Models, label_studios: Clients) -> None:
         self._settings = settings
         self._models = models
         self._label_studios = label_studios

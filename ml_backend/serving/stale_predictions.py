@@ -14,7 +14,7 @@ from ml_backend.jobs.outcomes import Done
 from ml_backend.jobs.payloads import AutolabelCheckpoint, StalePayload
 from ml_backend.jobs.reports import Reporter
 from ml_backend.label_studio.client import LabelStudioClient, NotFound
-from ml_backend.projects.clients import LabelStudios
+from ml_backend.projects.clients import Clients
 from ml_backend.reasons import Code, reason
 from ml_backend.store.database import Database
 from ml_backend.store.states import JobKind
@@ -32,7 +32,7 @@ class StalePredictions:
         report: hears how far the job is.
     """
 
-    def __init__(self, database: Database, label_studios: LabelStudios, report: Reporter) -> None:
+    def __init__(self, database: Database, label_studios: Clients, report: Reporter) -> None:
         self._database = database
         self._label_studios = label_studios
         self._report = report

@@ -20,7 +20,7 @@ from ml_backend.jobs.outcomes import Done, Refused, RetryLater
 from ml_backend.jobs.reports import Reporter
 from ml_backend.label_studio.images import ImageUnavailable
 from ml_backend.label_studio.label_config import LabelConfigError, parse_label_config
-from ml_backend.projects.clients import LabelStudios
+from ml_backend.projects.clients import Clients
 from ml_backend.reasons import Code, reason
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
@@ -52,7 +52,7 @@ class TrainingRun:
         settings: Settings,
         database: Database,
         registry: Registry,
-        label_studios: LabelStudios,
+        label_studios: Clients,
         report: Reporter,
         label_studio_fails: str | None = None,
     ) -> None:

@@ -17,8 +17,8 @@ from sqlalchemy import select
 from ml_backend.audits.audits import Audits
 from ml_backend.jobs.jobs import Jobs
 from ml_backend.jobs.requests import Requests
-from ml_backend.projects.clients import LabelStudios
-from ml_backend.projects.connection_title import InStep
+from ml_backend.projects.clients import Clients
+from ml_backend.projects.connection_title import ConnectionTitle
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
 from ml_backend.store.states import JobState
@@ -80,8 +80,8 @@ class Housekeeping:
         database: Database,
         jobs: Jobs,
         requests: Requests,
-        label_studios: LabelStudios,
-        title: InStep,
+        label_studios: Clients,
+        title: ConnectionTitle,
         audits: Audits,
         *,
         running: Callable[[], Iterable[int]],

@@ -12,7 +12,7 @@ from sqlalchemy.exc import DatabaseError
 from ml_backend.jobs.jobs import Jobs
 from ml_backend.jobs.outcomes import TakenOver
 from ml_backend.jobs.reports import Checkpoint, ContactNote, End, Progress, Report, Sides
-from ml_backend.projects.clients import LabelStudios
+from ml_backend.projects.clients import Clients
 from ml_backend.reasons import Code, Reason, reason
 from ml_backend.store.database import Database, is_outside
 from ml_backend.store.states import JobState
@@ -48,7 +48,7 @@ class JobRun:
         database: Database,
         jobs: Jobs,
         results: Results,
-        label_studios: LabelStudios,
+        label_studios: Clients,
         stopping: threading.Event,
     ) -> None:
         self.job = job
@@ -83,7 +83,7 @@ class JobRun:
                     lambda: write_sides(self._database, self.job.project_id, report.rows)
                 )
             case ContactNote():
-                self._label_studios.contacts.write(report.url, report.kind, report.detail)
+                self._label_studios.connectivity.write(report.url, report.kind, report.detail)
             case End():
                 self._until_stored(lambda: self._end(report))
 

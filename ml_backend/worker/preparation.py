@@ -8,7 +8,7 @@ from ml_backend.audits.audits import Audits
 from ml_backend.jobs.jobs import Jobs
 from ml_backend.jobs.outcomes import RetryLater
 from ml_backend.label_studio.client import LabelStudioError, Passing
-from ml_backend.projects.clients import LabelStudios
+from ml_backend.projects.clients import Clients
 from ml_backend.projects.ingest import Ingest
 from ml_backend.projects.reconcile import reconcile
 from ml_backend.reasons import Code, reason
@@ -35,7 +35,7 @@ class Preparation:
         database: Database,
         jobs: Jobs,
         ingest: Ingest,
-        label_studios: LabelStudios,
+        label_studios: Clients,
         audits: Audits,
     ) -> None:
         self._database = database

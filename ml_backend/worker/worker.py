@@ -14,7 +14,7 @@ from ml_backend.jobs.failures import ended_by
 from ml_backend.jobs.jobs import Jobs
 from ml_backend.jobs.outcomes import JobEnded, RetryLater, TakenOver
 from ml_backend.jobs.reports import End
-from ml_backend.projects.clients import LabelStudios
+from ml_backend.projects.clients import Clients
 from ml_backend.reasons import Code, reason
 from ml_backend.settings import Settings
 from ml_backend.store.database import is_outside
@@ -55,7 +55,7 @@ class Worker:
         self,
         settings: Settings,
         jobs: Jobs,
-        label_studios: LabelStudios,
+        label_studios: Clients,
         preparation: Preparation,
         *,
         engine: Callable[[str, Callable[[int, int], None]], QueueEngine],

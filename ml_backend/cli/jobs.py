@@ -1,0 +1,127 @@
+"""`train` and `autolabel`: jobs that an admin asks for."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from ml_backend.cli.opening import find_project, open_backend
+from ml_backend.cli.options import JsonOption, ProjectOption
+from ml_backend.cli.output import err, fail, out, print_json
+from ml_backend.store.states import ACTIVE, JobState, Trigger
+from ml_backend.wording import told, words
+
+if TYPE_CHECKING:
+    from ml_backend.backend import Backend
+    from ml_backend.reasons import Reason
+    from ml_backend.store.tables import Job
+
+_TAKEN_WITHIN = 15.0
+"""Seconds in which a worker takes a job, where one runs."""
+
+
+def train(
+    project: ProjectOption,
+    wait: Annotated[bool, typer.Option(help="Wait for its end, showing progress.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Start a training at once."""
+    backend = open_backend()
+    row = find_project(backend, project)
+    asked = backend.requests.training(row.id, trigger=Trigger.COMMAND, forced=True)
+    job = backend.jobs.get(asked.job)
+    if wait and asked.state != JobState.REFUSED:
+        job = _wait(backend, asked.job)
+    assert job is not None
+    _show(job, asked.reason if not wait else job.reason, as_json)
+
+
+def autolabel(
+    project: ProjectOption,
+    wait: Annotated[bool, typer.Option(help="Wait for its end, showing progress.")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Predict every task without an annotation; goes on by itself where it was interrupted."""
+    backend = open_backend()
+    row = find_project(backend, project)
+    client = backend.label_studios.client(row)
+    if client is None:
+        raise fail(
+            "predictions cannot be imported without LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY "
+            "(Label Studio shows the token under Account & Settings)"
+        )
+    # The job would wait for a Label Studio that fails; an admin should hear of it now.
+    client.project(row.label_studio_id)
+    asked = backend.requests.autolabel(row.id, trigger=Trigger.COMMAND, forced=True)
+    assert asked is not None
+    job = _wait(backend, asked.job) if wait else backend.jobs.get(asked.job)
+    assert job is not None
+    _show(job, job.reason, as_json)
+
+
+def _show(job: Job, reason: Reason, as_json: bool) -> None:
+    """Prints how a job is.
+
+    Raises:
+        typer.Exit: the job was refused, or has failed.
+    """
+    if as_json:
+        print_json(job_as_dict(job))
+    else:
+        said = f"job {job.id}: {job.state}: {escape(words(reason))}"
+        out.print(said, soft_wrap=True, highlight=False)
+    if job.state in (JobState.REFUSED, JobState.FAILED):
+        raise typer.Exit(1)
+
+
+def _wait(backend: Backend, job_id: int) -> Job:
+    """Shows a job's progress until it has ended.
+
+    Raises:
+        typer.Exit: the user pressed Ctrl-C; the job goes on.
+    """
+    from rich.progress import Progress
+
+    begun, warned = time.monotonic(), False
+    try:
+        with Progress(console=err) as progress:
+            bar = progress.add_task("waiting", total=1.0)
+            while True:
+                job = backend.jobs.get(job_id)
+                assert job is not None
+                if (
+                    job.state == JobState.QUEUED
+                    and not warned
+                    and time.monotonic() > begun + _TAKEN_WITHIN
+                ):
+                    warned = True
+                    progress.console.print(
+                        "no worker has taken it yet: does `ml-backend serve` or `ml-backend "
+                        "worker` run on this MODEL_DIR?",
+                        soft_wrap=True,
+                    )
+                progress.update(
+                    bar, completed=job.progress, description=escape(words(job.reason)[:70])
+                )
+                if job.state not in ACTIVE:
+                    return job
+                time.sleep(1)
+    except KeyboardInterrupt:
+        err.print(f"job {job_id} goes on without you: `ml-backend status` shows how far it is")
+        raise typer.Exit(130) from None
+
+
+def job_as_dict(job: Job) -> dict[str, Any]:
+    """Describes a job as JSON holds it."""
+    return {
+        "job": job.id,
+        "kind": job.kind,
+        "state": job.state,
+        **told("reason", job.reason),
+        "progress": round(job.progress, 3),
+        "trigger": job.trigger,
+        "version": job.version,
+    }

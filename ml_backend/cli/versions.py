@@ -1,0 +1,81 @@
+"""`versions`, `promote` and `rollback`: a project's model versions, and which is live."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from ml_backend.cli.opening import find_project, open_backend
+from ml_backend.cli.options import JsonOption, ProjectOption
+from ml_backend.cli.output import ap50_words, fail, out, print_json
+from ml_backend.wording import told, words
+
+
+def versions(project: ProjectOption, as_json: JsonOption = False) -> None:
+    """List a project's model versions, newest first."""
+    backend = open_backend()
+    rows = backend.versions.all(find_project(backend, project).id)
+    if as_json:
+        print_json(
+            [
+                {
+                    "version": v.name,
+                    "state": v.state,
+                    **told("reason", v.reason),
+                    "card": v.card,
+                }
+                for v in rows
+            ]
+        )
+        return
+    from rich.table import Column, Table
+
+    table = Table(Column("version", overflow="fold"), "state", "tasks", "AP50", "reason")
+    for v in rows:
+        cells = (v.name, v.state, str(v.card["data"]["tasks"]), ap50_words(v.card), words(v.reason))
+        table.add_row(*map(escape, cells))
+    out.print(table)
+
+
+def promote(
+    project: ProjectOption,
+    version: Annotated[str, typer.Argument(help="The version.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Make a version live."""
+    from ml_backend.store.registry import VersionMissing
+
+    backend = open_backend()
+    row = find_project(backend, project)
+    try:
+        backend.versions.promote(row.id, version)
+    except VersionMissing as error:
+        raise fail(str(error)) from None
+    if as_json:
+        print_json({"project": row.key, "live_version": version})
+        return
+    out.print(f"{escape(version)} is live")
+
+
+def rollback(
+    project: ProjectOption,
+    to: Annotated[
+        str | None, typer.Option(help="The version to go back to; the previous one by default.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Go back to an earlier version at once; what was live is not promoted again by itself."""
+    from ml_backend.store.registry import VersionMissing
+
+    backend = open_backend()
+    row = find_project(backend, project)
+    try:
+        version = backend.versions.rollback(row.id, to)
+    except VersionMissing as error:
+        raise fail(str(error)) from None
+    if as_json:
+        print_json({"project": row.key, "live_version": version})
+        return
+    out.print(f"{escape(version)} is live again")
