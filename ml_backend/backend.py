@@ -157,6 +157,11 @@ class Backend:
             report,
         )
 
+    @functools.cached_property
+    def preparation(self) -> Preparation:
+        """Does what a job needs to have stored before its process starts."""
+        return Preparation(self.database, self.jobs, self.ingest, self.label_studios, self.audits)
+
     def job_run(self, job: Job, stopping: threading.Event) -> JobRun:
         """Stores what the process of a claimed job reports."""
         results = Results(
@@ -176,7 +181,7 @@ class Backend:
             self.settings,
             self.jobs,
             self.label_studios,
-            Preparation(self.database, self.jobs, self.ingest, self.label_studios, self.audits),
+            self.preparation,
             engine=lambda name, run: QueueEngine(self.database, name, run),
             housekeeping=self._housekeeping,
             job_run=self.job_run,

@@ -23,9 +23,10 @@ from ml_backend.demo.label_studio_server import (
     wait_until_healthy,
 )
 from ml_backend.detection.detector import Detector
+from ml_backend.reasons import Code, reason
 from ml_backend.settings import load_settings
 from ml_backend.training.promotion import Verdict
-from tests.distributed import PostgreSQL, running_postgresql, running_redis
+from tests.distributed import PostgreSQL, running_postgresql
 
 ROOT = Path(__file__).parents[1]
 CAPTURES = Path(__file__).parent / "captures"
@@ -54,7 +55,6 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
         if name.startswith(("ML_BACKEND_", "LABEL_STUDIO_", "BASIC_AUTH_")) or name in {
             "MODEL_DIR",
             "DATABASE_URL",
-            "QUEUE_URL",
             "HOST",
             "PORT",
             "WORKERS",
@@ -86,13 +86,6 @@ def postgresql() -> Iterator[PostgreSQL]:
     """A PostgreSQL server, one for the whole run; each test empties its database first."""
     with running_postgresql() as server:
         yield server
-
-
-@pytest.fixture(scope="session")
-def redis_url() -> Iterator[str]:
-    """Address of a Redis, one for the whole run."""
-    with running_redis() as url:
-        yield url
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -290,7 +283,10 @@ def make_live(
         "metrics": {"map50": 0.5, "map50_interval": {"low": 0.4, "high": 0.6}},
     }
     folder = backend.registry.publish(key, name, detector.save, card)
-    verdict = Verdict(promote=True, reason="promoted: the first version that finds something")
+    verdict = Verdict(promote=True, reason=reason(Code.FIRST_VERSION, ap50=0.5))
     parent = project.live_version
-    backend.versions.record(project.id, name, card, verdict, parent=parent, revision=1)
+    with backend.database.session() as session:
+        backend.versions.record(
+            session, project.id, name, card, verdict, parent=parent, revision=1
+        )
     return folder

@@ -22,7 +22,7 @@ import pytest
 import redis
 
 from ml_backend.demo.label_studio_server import DidNotStart, free_port
-from ml_backend.worker.supervisor import die_with_parent
+from ml_backend.worker.processes import die_with_parent
 
 _WITHIN = 60.0
 # A time zone that is not UTC, nor whole hours from it: what relies on the server's shows.

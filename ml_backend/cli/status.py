@@ -69,7 +69,8 @@ def status(as_json: JsonOption = False) -> None:
         for job in jobs[p.id]:
             percent = f" {job.progress:.0%}" if job.state == "running" else ""
             out.print(
-                f"  {job.kind} {job.id}: [bold]{job.state}[/]{percent}: {escape(words(job.reason))}",
+                f"  {job.kind} {job.id}: [bold]{job.state}[/]{percent}: "
+                f"{escape(words(job.reason))}",
                 highlight=False,
                 soft_wrap=True,
             )

@@ -61,7 +61,7 @@ class ShardPayload(_Stored):
         version: whose predictions are imported.
         after: Label Studio's id of the last task before the part.
         upto: id of its last task.
-        tasks: how many tasks of the project have such an id, with or without an annotation.
+        tasks: how many tasks of the part lacked a prediction when the parts were made.
     """
 
     version: str

@@ -8,6 +8,7 @@ once, and starts again what a worker that died had begun.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Mapping
 
 from dbos import DBOSClient, EnqueueOptions
@@ -65,6 +66,7 @@ class Queue:
 
     @functools.cached_property
     def _client(self) -> DBOSClient:
+        logging.getLogger("dbos").setLevel(logging.WARNING)
         return DBOSClient(
             system_database_engine=self._database.engine,
             dbos_system_schema=QUEUE_SCHEMA,

@@ -286,16 +286,38 @@ class LabelStudioClient:
         """
         answer = self._tasks_page(
             project,
-            [
-                _filter("total_annotations", "equal", "Number", 0),
-                _filter("predictions_model_versions", "not_contains", "List", [version]),
-                _filter("id", "greater", "Number", after),
-            ],
+            _unpredicted(version, after),
             # `review` keeps Label Studio from asking us for predictions, and from adding columns
             # that nobody needs here; cloud addresses stay what they are in a request to predict.
             {"page_size": limit, "review": "true", "resolve_uri": "false"},
         )
         return list(answer.get("tasks", [])), int(answer.get("total", 0))
+
+    def unpredicted_task_id(
+        self, project: int, version: str, *, after: int, position: int
+    ) -> int | None:
+        """Finds the id of one of the tasks that `unpredicted_tasks` lists.
+
+        Args:
+            project: its id.
+            version: the version.
+            after: only tasks with a larger id.
+            position: of the task among them, from 1.
+
+        Returns:
+            The id; None where there are fewer.
+        """
+        try:
+            answer = self._tasks_page(
+                project,
+                _unpredicted(version, after),
+                {"page": position, "page_size": 1, "review": "true", "resolve_uri": "false"},
+            )
+        except NotFound:
+            # Beyond the last page.
+            return None
+        tasks = answer.get("tasks", [])
+        return int(tasks[0]["id"]) if tasks else None
 
     def predictions(
         self, project: int, version: str, *, doubled: bool = False
@@ -554,6 +576,15 @@ class LabelStudioClient:
 def as_it_is(request: requests.PreparedRequest) -> requests.PreparedRequest:
     """Adds no credentials: without it, requests would take some from ~/.netrc."""
     return request
+
+
+def _unpredicted(version: str, after: int) -> list[dict[str, Any]]:
+    """Filters of the tasks without an annotation that hold no prediction of a version."""
+    return [
+        _filter("total_annotations", "equal", "Number", 0),
+        _filter("predictions_model_versions", "not_contains", "List", [version]),
+        _filter("id", "greater", "Number", after),
+    ]
 
 
 def _filter(field: str, operator: str, kind: str, value: object) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import Any
 
 from sqlalchemy import select
@@ -100,24 +99,24 @@ class AutoLabel:
     ) -> list[dict[str, Any]]:
         """Parts of a large project's tasks, by id; none where one run is enough."""
         size = self._parts.settings.auto_label_shard
-        _, left = client.unpredicted_tasks(
-            project.label_studio_id, version, after=reached.cursor, limit=1
-        )
+        number, cursor = project.label_studio_id, reached.cursor
+        _, left = client.unpredicted_tasks(number, version, after=cursor, limit=1)
         if left <= 2 * size:
             return []
-        ids = [n for n in sorted(client.task_ids(project.label_studio_id)) if n > reached.cursor]
-        bounds = [reached.cursor, *ids[size - 1 :: size]]
-        if ids and bounds[-1] != ids[-1]:
-            bounds.append(ids[-1])
-        return [
-            ShardPayload(
-                version=version,
-                after=low,
-                upto=high,
-                tasks=min(size, len(ids) - number * size),
-            ).stored()
-            for number, (low, high) in enumerate(pairwise(bounds))
-        ]
+        shards = []
+        for begin in range(0, left, size):
+            tasks = min(size, left - begin)
+            # Where tasks have gone meanwhile, the job itself predicts those after the last shard.
+            upto = client.unpredicted_task_id(
+                number, version, after=reached.cursor, position=begin + tasks
+            )
+            if upto is None:
+                break
+            shards.append(
+                ShardPayload(version=version, after=cursor, upto=upto, tasks=tasks).stored()
+            )
+            cursor = upto
+        return shards
 
     def _choose_first_tasks(
         self, job: Job, project: Project, client: LabelStudioClient, config: LabelConfig
@@ -218,7 +217,6 @@ class _Run:
             self._total = reached.done + left
             return list(tasks)
         mine = [task for task in tasks if int(task["id"]) <= self._part.upto]
-        # How many of the part's tasks lack a prediction is known to no one: some are annotated.
         self._total = max(reached.done + len(mine), self._part.tasks)
         return mine
 
