@@ -58,6 +58,7 @@ class PostgreSQL:
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
                 "WHERE datname = 'postgres' AND pid <> pg_backend_pid()"
             )
+            connection.execute("DROP SCHEMA IF EXISTS dbos CASCADE")
             connection.execute("DROP SCHEMA public CASCADE")
             connection.execute("CREATE SCHEMA public")
 

@@ -23,7 +23,7 @@ from ml_backend.detection.presets import preset_named
 from ml_backend.settings import load_settings
 from ml_backend.store.tables import Job, Project
 from ml_backend.training.promotion import Verdict
-from ml_backend.worker.supervisor import die_with_parent
+from ml_backend.worker.processes import die_with_parent
 from tests.conftest import capture, make_live
 
 KEY, OTHER = "1.1795463889", "1.1577836800"

@@ -89,6 +89,7 @@ class Jobs:
                 return None
             if job.state == JobState.RUNNING and job.attempt >= ATTEMPTS:
                 _give_up(job, reason(Code.WORKER_LOST))
+                self._after_shard(session, job)
                 return None
             job.state = JobState.RUNNING
             job.claim = secrets.token_hex(16)
@@ -212,6 +213,14 @@ class Jobs:
         with self._database.session() as session:
             held = _held(session, job)
             return self._put_back(session, held, why, wait=wait, counts=counts)
+
+    def check(self, session: Session, job: Job) -> None:
+        """Makes sure, as part of a transaction, that a run still has the job that it claimed.
+
+        Raises:
+            TakenOver: another run has the job.
+        """
+        _held(session, job)
 
     def wait_for_shards(
         self, session: Session, job: Job, why: Reason, checkpoint: dict[str, Any]

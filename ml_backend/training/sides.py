@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from sqlalchemy import bindparam, update
+from sqlalchemy.orm import Session
 
-from ml_backend.store.database import Database
-from ml_backend.store.tables import Project, Task
+from ml_backend.store.tables import Task
 
 
-def write_sides(database: Database, project_id: int, rows: list[dict[str, Any]]) -> None:
+def write_sides(session: Session, project_id: int, rows: list[dict[str, Any]]) -> None:
     """Stores the sides of tasks; a side that is known already stays.
 
     Args:
-        database: where the tasks are.
+        session: the transaction; it holds the project, as whoever changes tasks does first: in
+            other orders, two transactions would wait for each other.
         project_id: the project.
         rows: `task` (Label Studio's id), `mark` (fingerprint), `of` (clip) and `is` (side).
     """
@@ -27,8 +28,4 @@ def write_sides(database: Database, project_id: int, rows: list[dict[str, Any]])
         )
         .values(fingerprint=bindparam("mark"), clip=bindparam("of"), side=bindparam("is"))
     )
-    with database.session() as session:
-        # Whoever changes tasks holds their project first: in other orders, two would wait for
-        # each other.
-        session.get_one(Project, project_id, with_for_update=True)
-        session.connection().execute(statement, rows)
+    session.connection().execute(statement, rows)

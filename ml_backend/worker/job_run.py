@@ -16,7 +16,7 @@ from ml_backend.projects.clients import Clients
 from ml_backend.reasons import Code, Reason, reason
 from ml_backend.store.database import Database, is_outside
 from ml_backend.store.states import JobState
-from ml_backend.store.tables import Job
+from ml_backend.store.tables import Job, Project
 from ml_backend.training.sides import write_sides
 from ml_backend.worker.results import Results
 
@@ -79,9 +79,7 @@ class JobRun:
                     )
                 )
             case Sides():
-                self._until_stored(
-                    lambda: write_sides(self._database, self.job.project_id, report.rows)
-                )
+                self._until_stored(lambda: self._store_sides(report))
             case ContactNote():
                 self._label_studios.connectivity.write(report.url, report.kind, report.detail)
             case End():
@@ -110,6 +108,12 @@ class JobRun:
         """Puts the job back because its process is gone; fails it after too many attempts."""
         _log.warning("job %d (%s): %s %s", self.job.id, self.job.kind, why.code, dict(why.values))
         self._until_stored(lambda: self._jobs.put_back(self.job, why, wait=wait * self.job.attempt))
+
+    def _store_sides(self, sides: Sides) -> None:
+        with self._database.session() as session:
+            session.get_one(Project, self.job.project_id, with_for_update=True)
+            self._jobs.check(session, self.job)
+            write_sides(session, self.job.project_id, sides.rows)
 
     def _end(self, end: End) -> None:
         why = Reason.of(end.reason)

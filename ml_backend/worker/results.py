@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
+from sqlalchemy import select
+from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import Session
 
 from ml_backend.jobs.jobs import Jobs
@@ -18,8 +21,11 @@ from ml_backend.settings import Settings
 from ml_backend.store.database import Database
 from ml_backend.store.registry import Registry
 from ml_backend.store.states import JobKind, JobState
-from ml_backend.store.tables import Job, Project
+from ml_backend.store.tables import Job, ModelVersion, Project
 from ml_backend.training.promotion import Verdict, Versions
+
+
+_log = logging.getLogger(__name__)
 
 
 class Results:
@@ -78,6 +84,8 @@ class Results:
         """Enters a trained version, makes it live if it should be, and ends its training."""
         try:
             with self._database.session() as session:
+                project = session.get_one(Project, job.project_id, with_for_update=True)
+                self._jobs.check(session, job)
                 verdict = self._versions.record(
                     session,
                     job.project_id,
@@ -90,10 +98,20 @@ class Results:
                 self._jobs.finish(job, JobState.DONE, verdict.reason, version=name, session=session)
         except TakenOver:
             with self._database.reading() as session:
-                key = session.get_one(Project, job.project_id).key
-            self._registry.remove(key, name)
+                stored = session.scalar(
+                    select(ModelVersion.id).where(
+                        ModelVersion.project_id == project.id, ModelVersion.name == name
+                    )
+                )
+            if stored is None:
+                # Nobody will ever ask for the artefact.
+                self._registry.remove(project.key, name)
             raise
-        self._versions.prune(job.project_id, self._settings.keep_versions)
+        try:
+            self._versions.prune(job.project_id, self._settings.keep_versions)
+        except (DatabaseError, OSError) as error:
+            # The training is stored; the next one deletes what this one should have.
+            _log.warning("project %s: old versions are deleted later: %s", project.key, error)
 
     def _start_shards(
         self, session: Session, job: Job, why: Reason, result: dict[str, Any]

@@ -1,0 +1,99 @@
+"""Shards of an auto-labelling: their parent waits for them, and goes on after the last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from ml_backend.jobs.jobs import ATTEMPTS
+from ml_backend.reasons import Code, reason
+from ml_backend.store.states import JobState
+from tests.job_loop import CRASHED, Loop, state_of
+
+ENDS = [JobState.DONE, JobState.REFUSED, JobState.FAILED]
+ENDED = reason(Code.PLAIN, text="so it ended")
+
+
+@pytest.fixture
+def loop(database_url: str, tmp_path: Path) -> Iterator[Loop]:
+    """A loop without a quiet time."""
+    loop = Loop(database_url, tmp_path)
+    yield loop
+    loop.close()
+
+
+def test_finish_of_shards_moves_their_parent_on_and_queues_it_after_the_last(loop: Loop) -> None:
+    loop.promoted("v1")
+    parent, shards = loop.sharded((0, 50), (50, 90), (90, 120))
+    assert (parent.state, parent.claim, parent.attempt) == (JobState.WAITING, None, 0)
+    assert parent.checkpoint["sharded"]
+    assert [loop.entry(shard.id).status for shard in shards] == ["ENQUEUED"] * 3
+    assert {loop.entry(shard.id).queue for shard in shards} == {"autolabel_shard"}
+    for ended, (shard, end) in enumerate(zip(shards, ENDS, strict=True), 1):
+        run = loop.job(parent.id).run
+        claimed = loop.claim(shard.id)
+        loop.jobs.finish(claimed, end, ENDED)
+        found = loop.job(parent.id)
+        assert found.progress == pytest.approx(ended / 3)
+        assert found.reason == reason(Code.SHARDS_RUN, done=ended, total=3)
+        if ended < 3:
+            assert (found.state, found.run) == (JobState.WAITING, run)
+    assert (found.state, found.run) == (JobState.QUEUED, run + 1)
+    assert loop.entry(parent.id).status == "ENQUEUED"
+    again = loop.claim(parent.id)
+    assert again.attempt == 1
+    assert again.checkpoint["sharded"]
+
+
+def test_put_back_of_a_shard_keeps_its_parent_waiting(loop: Loop) -> None:
+    loop.promoted("v1")
+    parent, (shard,) = loop.sharded((0, 50))
+    loop.jobs.put_back(loop.claim(shard.id), CRASHED, wait=0)
+    assert state_of(loop.job(parent.id)) == state_of(parent)
+
+
+def test_put_back_of_the_last_shard_after_the_last_attempt_queues_its_parent(loop: Loop) -> None:
+    loop.promoted("v1")
+    parent, (shard,) = loop.sharded((0, 50))
+    for _ in range(ATTEMPTS):
+        loop.jobs.put_back(loop.claim(shard.id), CRASHED, wait=0)
+    assert loop.job(shard.id).state == JobState.FAILED
+    assert loop.job(parent.id).state == JobState.QUEUED
+
+
+def test_recover_of_the_last_shard_after_the_last_attempt_queues_its_parent(loop: Loop) -> None:
+    loop.promoted("v1")
+    parent, (shard,) = loop.sharded((0, 50))
+    for _ in range(ATTEMPTS):
+        loop.claim(shard.id)
+        loop.silent(shard.id)
+        loop.jobs.recover()
+    assert loop.job(shard.id).state == JobState.FAILED
+    assert loop.job(parent.id).state == JobState.QUEUED
+
+
+def test_claim_of_the_last_shard_after_the_last_attempt_queues_its_parent(loop: Loop) -> None:
+    loop.promoted("v1")
+    parent, (shard,) = loop.sharded((0, 50))
+    for _ in range(ATTEMPTS):
+        loop.claim(shard.id)
+    # The queue starts the run once more, since its worker died again.
+    assert loop.jobs.claim(shard.id, shard.run, "host-b") is None
+    assert loop.job(shard.id).state == JobState.FAILED
+    assert loop.job(parent.id).state == JobState.QUEUED
+
+
+def test_finish_of_shards_at_once_queues_their_parent_exactly_once(loop: Loop) -> None:
+    loop.promoted("v1")
+    parent, shards = loop.sharded(*((n, n + 10) for n in range(0, 80, 10)))
+    claimed = [loop.claim(shard.id) for shard in shards]
+    with ThreadPoolExecutor(8) as pool:
+        ends = [pool.submit(loop.jobs.finish, job, JobState.DONE, ENDED) for job in claimed]
+        for end in ends:
+            end.result()
+    found = loop.job(parent.id)
+    assert (found.state, found.run) == (JobState.QUEUED, parent.run + 1)
+    assert found.reason == reason(Code.SHARDS_RUN, done=8, total=8)
