@@ -286,7 +286,5 @@ def make_live(
     verdict = Verdict(promote=True, reason=reason(Code.FIRST_VERSION, ap50=0.5))
     parent = project.live_version
     with backend.database.session() as session:
-        backend.versions.record(
-            session, project.id, name, card, verdict, parent=parent, revision=1
-        )
+        backend.versions.record(session, project.id, name, card, verdict, parent=parent, revision=1)
     return folder

@@ -73,10 +73,6 @@ class Loop:
         self.project_id = self.introduce(PROJECT)
         schema = None if self.database.is_sqlite else QUEUE_SCHEMA
         self._entries = f"{schema}.workflow_status" if schema else "workflow_status"
-        with self.database.session() as session:
-            # On PostgreSQL, the queue's tables lie in a schema of their own, which the tests before
-            # have left.
-            session.execute(text(f"DELETE FROM {self._entries}"))
 
     def introduce(self, project: ProjectInfo) -> int:
         """Makes a project known; answers its row's id."""

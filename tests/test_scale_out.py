@@ -137,8 +137,9 @@ def test_trainings_three_workers_on_two_hosts_run_one_for_each_device_and_surviv
             body["project"]["id"] = project
             assert running.post("/webhook", body).json()["status"] == "queued"
         wait_for(
-            lambda: Counter(str(job.state) for job in _all_jobs(seen))
-            == {"running": 2, "queued": 1},
+            lambda: (
+                Counter(str(job.state) for job in _all_jobs(seen)) == {"running": 2, "queued": 1}
+            ),
             within=60,
             what=f"two trainings run at once: {running.tail()}",
         )
