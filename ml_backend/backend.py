@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ml_backend.audits.audits import Audits
 from ml_backend.jobs.jobs import Jobs
-from ml_backend.label_studio.images import DiskCache
+from ml_backend.label_studio.disk_cache import DiskCache
 from ml_backend.projects.clients import LabelStudios
 from ml_backend.projects.connection_title import InStep
 from ml_backend.projects.ingest import Ingest

@@ -13,7 +13,8 @@ import pytest
 
 from ml_backend.label_studio.addresses import Guard
 from ml_backend.label_studio.client import LabelStudioClient
-from ml_backend.label_studio.images import DiskCache, ImageSource, ImageUnavailable
+from ml_backend.label_studio.disk_cache import DiskCache
+from ml_backend.label_studio.images import ImageSource, ImageUnavailable
 from tests import image_host as host
 from tests.image_host import CONTENT, ImageHost, image_host
 

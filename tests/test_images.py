@@ -14,7 +14,8 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from ml_backend.label_studio.client import LabelStudioClient
-from ml_backend.label_studio.images import DiskCache, ImageSource, ImageUnavailable
+from ml_backend.label_studio.disk_cache import DiskCache
+from ml_backend.label_studio.images import ImageSource, ImageUnavailable
 from tests import image_host as host
 from tests.image_host import CONTENT, Answer, Handler, ImageHost, image_host
 

@@ -8,16 +8,10 @@ the token stays behind where one leads elsewhere. Which addresses are reached at
 from __future__ import annotations
 
 import base64
-import hashlib
-import logging
-import os
 import re
-import tempfile
 import threading
 import time
 from collections.abc import Iterable
-from contextlib import suppress
-from pathlib import Path
 from urllib.parse import unquote_to_bytes, urljoin, urlsplit
 
 import requests
@@ -27,8 +21,7 @@ from urllib3.util import parse_url
 from ml_backend.label_studio.addresses import AddressRefused, Guard, origin_of
 from ml_backend.label_studio.client import LabelStudioClient, LabelStudioError, as_it_is
 from ml_backend.label_studio.connections import DeadlineAdapter
-
-_log = logging.getLogger(__name__)
+from ml_backend.label_studio.disk_cache import DiskCache
 
 REDIRECTS = 5
 _CHUNK = 64 * 1024
@@ -43,90 +36,6 @@ _SHOWN = 200
 
 class ImageUnavailable(RuntimeError):
     """An image cannot be had; the text says why, and what helps."""
-
-
-class DiskCache:
-    """Images on disk, up to a size; those read longest ago go first.
-
-    Several processes may share the folder. A full disk only means that nothing is cached.
-
-    Args:
-        folder: where they lie.
-        max_bytes: size of all; 0 turns the cache off.
-    """
-
-    def __init__(self, folder: Path, max_bytes: int) -> None:
-        self._folder = folder
-        self._max_bytes = max_bytes
-        self._lock = threading.Lock()
-        self._total: int | None = None
-        self._since_sweep = 0
-
-    def get(self, key: str) -> bytes | None:
-        """What was put there under a key, if it still is."""
-        if not self._max_bytes:
-            return None
-        path = self._path(key)
-        try:
-            content = path.read_bytes()
-        except OSError:
-            return None
-        with suppress(OSError):
-            # The time of the last use decides what goes first.
-            os.utime(path)
-        return content
-
-    def put(self, key: str, content: bytes) -> None:
-        """Keeps content under a key: whole or not at all."""
-        if len(content) > self._max_bytes:
-            return
-        path = self._path(key)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                dir=path.parent, prefix=".writing-", delete=False
-            ) as file:
-                file.write(content)
-            Path(file.name).replace(path)
-        except OSError as error:
-            _log.warning("an image is not cached: %s", error)
-            with suppress(OSError, UnboundLocalError):
-                Path(file.name).unlink()
-            return
-        with self._lock:
-            self._since_sweep += len(content)
-            # The first look tells what earlier and other processes left; later ones, what others
-            # have written since.
-            if (
-                self._total is None
-                or self._total + self._since_sweep > self._max_bytes
-                or self._since_sweep > self._max_bytes // 20
-            ):
-                self._total = self._sweep()
-                self._since_sweep = 0
-
-    def _path(self, key: str) -> Path:
-        name = hashlib.sha256(key.encode()).hexdigest()
-        return self._folder / name[:2] / name
-
-    def _sweep(self) -> int:
-        """Where there is too much, leaves nine tenths, so that sweeps stay rare."""
-        files: list[tuple[float, int, Path]] = []
-        for path in self._folder.glob("*/*"):
-            # Another process may have deleted it just now.
-            with suppress(OSError):
-                stat = path.stat()
-                files.append((stat.st_mtime, stat.st_size, path))
-        total = sum(size for _, size, _ in files)
-        if total <= self._max_bytes:
-            return total
-        for _, size, path in sorted(files):
-            if total <= self._max_bytes * 0.9:
-                break
-            with suppress(OSError):
-                path.unlink()
-            total -= size
-        return total
 
 
 class ImageSource:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ml_backend.acquisition.cold_start import cold_start
-from ml_backend.detection.decoding import UndecodableImage, decode_image
+from ml_backend.detection.decoding import UndecodableImage
 from ml_backend.jobs.jobs import FIRST_TASKS, Jobs, tasks_arrived
 from ml_backend.label_studio.client import LabelStudioClient
 from ml_backend.label_studio.images import ImageUnavailable
@@ -23,6 +23,7 @@ from ml_backend.label_studio.label_config import (
     LabelConfigError,
     parse_label_config,
 )
+from ml_backend.label_studio.media import read_image
 from ml_backend.projects.clients import LabelStudios
 from ml_backend.serving.stale_predictions import older_versions
 from ml_backend.settings import Settings
@@ -371,11 +372,8 @@ def why_not(
     """Why a task has no prediction: its images are read once more."""
     images = label_studios.images(project)
     try:
-        for data_key in config.controls_by_image():
-            value = task["data"].get(data_key)
-            if not isinstance(value, str) or not value:
-                raise ImageUnavailable(f"its data has no image under {data_key!r}")
-            decode_image(images.fetch(task["id"], value), max_pixels=settings.image_max_pixels)
+        for controls in config.controls_by_image().values():
+            read_image(images, task, controls[0], max_pixels=settings.image_max_pixels)
     except (ImageUnavailable, UndecodableImage) as error:
         return f"task {task['id']}: {error}"
     return f"task {task['id']}: the log says why"
