@@ -476,7 +476,8 @@ def simulate(
     """
     settings = _settings()
     _checked_device(settings)
-    from ml_backend.datasets.datasets import DatasetError, read_dataset
+    from ml_backend.datasets.reader import read_dataset
+    from ml_backend.datasets.types import DatasetError
     from ml_backend.simulation.chart import check_picture, draw_campaigns
     from ml_backend.simulation.report import (
         Plan,

@@ -79,7 +79,7 @@ def test_infer_gives_the_controls_that_drew_the_regions_of_results() -> None:
             "value": value,
         }
 
-    results = [
+    results: list[list[Any]] = [
         [
             region("1", "label", "rectanglelabels", rectanglelabels=["car"]),
             region("2", "box", "rectangle", x=1),

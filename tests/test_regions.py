@@ -145,10 +145,7 @@ def test_rectangle_labels_write_regions_gives_label_studios_fields() -> None:
 
 def test_rectangle_write_regions_gives_two_results_with_one_id_and_place() -> None:
     result = TWO_CONTROLS.write_regions(
-        _found(
-            np.array([[20, 10, 60, 40], [0, 0, 200, 100]], np.float32),
-            np.array([0.75, 0.5], np.float32),
-        ),
+        _found([[20, 10, 60, 40], [0, 0, 200, 100]], [0.75, 0.5]),
         ["rouge", "car"],
         200,
         100,
@@ -317,10 +314,7 @@ def test_read_regions_missing_rotation_counts_as_none() -> None:
 
 def test_read_regions_rectangle_without_a_labels_result_is_dropped() -> None:
     result = TWO_CONTROLS.write_regions(
-        _found(
-            np.array([[20, 10, 60, 40], [0, 0, 200, 100]], np.float32),
-            np.array([0.75, 0.5], np.float32),
-        ),
+        _found([[20, 10, 60, 40], [0, 0, 200, 100]], [0.75, 0.5]),
         ["rouge", "car"],
         200,
         100,
