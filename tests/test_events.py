@@ -66,7 +66,6 @@ def test_every_recorded_webhook_concerns_the_project_that_setup_and_predict_name
     assert event.project.title == "bccd"
     assert event.project.label_config.startswith("<View><Image")
     assert event.project.model_version == "det"
-    assert event.project.sampling == "Uncertainty sampling"
 
 
 def test_a_created_annotation_comes_with_its_task() -> None:
@@ -265,12 +264,11 @@ def test_an_annotations_lesser_fields_are_read_or_left_out(
     assert type(found) is type(expected)
 
 
-@pytest.mark.parametrize("field", ["model_version", "sampling"])
-def test_a_projects_lesser_fields_are_text_or_nothing(field: str) -> None:
+def test_read_project_model_version_is_a_text_or_none() -> None:
     project = _webhook("START_TRAINING")["project"]
-    assert getattr(read_project({**project, field: "new"}), field) == "new"
-    assert getattr(read_project({**project, field: None}), field) is None
-    assert getattr(read_project({**project, field: {"a": 1}}), field) is None
+    assert read_project({**project, "model_version": "new"}).model_version == "new"
+    assert read_project({**project, "model_version": None}).model_version is None
+    assert read_project({**project, "model_version": {"a": 1}}).model_version is None
 
 
 def test_times_are_read_with_their_zone_and_as_utc_without_one() -> None:
@@ -373,8 +371,8 @@ def _understood_or_refused(body: dict[str, Any]) -> None:
         assert event.action not in ACTIONS
         return
     assert parse_project_key(event.project.key).id == event.project.id
-    for text in (event.project.model_version, event.project.sampling):
-        assert text is None or isinstance(text, str)
+    version = event.project.model_version
+    assert version is None or isinstance(version, str)
     if isinstance(event, AnnotationsChanged):
         for annotation in event.annotations:
             assert annotation.created_at.tzinfo is not None

@@ -40,7 +40,6 @@ class ProjectInfo:
     title: str
     label_config: str
     model_version: str | None
-    sampling: str | None
     updated_at: datetime | None = None
 
 
@@ -203,7 +202,6 @@ def read_project(content: object) -> ProjectInfo:
         title=str(fields.get("title") or ""),
         label_config=str(fields.get("label_config") or ""),
         model_version=_optional_text(fields.get("model_version")),
-        sampling=_optional_text(fields.get("sampling")),
         updated_at=_moment(fields, "updated_at", "project") if "updated_at" in fields else None,
     )
 

@@ -19,9 +19,10 @@ from urllib3.exceptions import HTTPError, LocationParseError
 from urllib3.util import parse_url
 
 from ml_backend.label_studio.addresses import AddressRefused, Guard, origin_of
-from ml_backend.label_studio.client import LabelStudioClient, LabelStudioError, as_it_is
+from ml_backend.label_studio.client import LabelStudioClient, LabelStudioError
 from ml_backend.label_studio.connections import DeadlineAdapter
 from ml_backend.label_studio.disk_cache import DiskCache
+from ml_backend.label_studio.transport import without_netrc
 
 REDIRECTS = 5
 _CHUNK = 64 * 1024
@@ -219,7 +220,7 @@ class ImageSource:
             stream=True,
             allow_redirects=False,
             timeout=(min(3.05, left), left),
-            auth=as_it_is,
+            auth=without_netrc,
         )
 
     def _read(self, address: str, response: requests.Response) -> bytes:
