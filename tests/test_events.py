@@ -224,7 +224,7 @@ def test_what_cannot_be_read_of_several_costs_only_itself(caplog: pytest.LogCapt
     assert isinstance(event, AnnotationsChanged)
     assert [a.id for a in event.annotations] == [first, third]
     assert [t.id for t in event.tasks] == [t["id"] for t in body["task"][1:]]
-    assert f"the id {second} is passed over: annotation.result: must be a list" in caplog.text
+    assert f"the id {second} is left out: annotation.result: must be a list" in caplog.text
     for annotation in body["annotation"]:
         annotation["result"] = None
     with pytest.raises(InvalidEvent, match=r"annotation\.result"):

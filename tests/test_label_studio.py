@@ -320,7 +320,7 @@ def test_an_annotation_that_cannot_be_read_is_passed_over(
     known.annotate(second, third)
     known.read_back()
     assert known.counts() == (2, 2)
-    assert f"the id {empty['id']} is passed over: annotation.result: must be a list" in caplog.text
+    assert f"the id {empty['id']} is left out: annotation.result: must be a list" in caplog.text
     assert known.buried() == set()
     ask(label_studio, "PATCH", f"/api/annotations/{empty['id']}/", {"result": []})
     known.read_back()

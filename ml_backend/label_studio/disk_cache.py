@@ -14,13 +14,13 @@ _log = logging.getLogger(__name__)
 
 
 class DiskCache:
-    """Images on disk, up to a size; those read longest ago go first.
+    """Keeps files on disk up to a total size; the least recently read are deleted first.
 
-    Several processes may share the folder. A full disk only means that nothing is cached.
+    Several processes may share the folder. If the disk is full, nothing is cached.
 
     Args:
-        folder: where they lie.
-        max_bytes: size of all; 0 turns the cache off.
+        folder: holds the files.
+        max_bytes: limit of the total size; 0 turns the cache off.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
@@ -31,7 +31,7 @@ class DiskCache:
         self._since_sweep = 0
 
     def get(self, key: str) -> bytes | None:
-        """What was put there under a key, if it still is."""
+        """Reads the content of a key; None if it is not in the cache."""
         if not self._max_bytes:
             return None
         path = self._path(key)
@@ -40,12 +40,12 @@ class DiskCache:
         except OSError:
             return None
         with suppress(OSError):
-            # The time of the last use decides what goes first.
+            # The time of the last use decides which files are deleted first.
             os.utime(path)
         return content
 
     def put(self, key: str, content: bytes) -> None:
-        """Keeps content under a key: whole or not at all."""
+        """Stores the content of a key; readers never see a part of it."""
         if len(content) > self._max_bytes:
             return
         path = self._path(key)
@@ -63,8 +63,8 @@ class DiskCache:
             return
         with self._lock:
             self._since_sweep += len(content)
-            # The first look tells what earlier and other processes left; later ones, what others
-            # have written since.
+            # The first sweep finds the files of earlier and other processes, later ones find the
+            # files that others have written since.
             if (
                 self._total is None
                 or self._total + self._since_sweep > self._max_bytes
@@ -78,7 +78,7 @@ class DiskCache:
         return self._folder / name[:2] / name
 
     def _sweep(self) -> int:
-        """Where there is too much, leaves nine tenths, so that sweeps stay rare."""
+        """Deletes files down to nine tenths of the limit, if they exceed it; returns their size."""
         files: list[tuple[float, int, Path]] = []
         for path in self._folder.glob("*/*"):
             # Another process may have deleted it just now.
