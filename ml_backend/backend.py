@@ -13,7 +13,7 @@ from ml_backend.jobs.jobs import Jobs
 from ml_backend.jobs.queue import Queue
 from ml_backend.jobs.reports import Reporter
 from ml_backend.jobs.requests import Requests
-from ml_backend.label_studio.images import DiskCache
+from ml_backend.label_studio.disk_cache import DiskCache
 from ml_backend.projects.clients import Clients
 from ml_backend.projects.connection_title import ConnectionTitle
 from ml_backend.projects.ingest import Ingest

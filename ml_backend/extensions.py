@@ -91,5 +91,22 @@ def load_path(kind: str, path: str) -> Any:
 
 PRESETS = Registry("preset", "ml_backend.presets", {})
 STRATEGIES = Registry("strategy", "ml_backend.strategies", {})
-CONTROLS = Registry("control", "ml_backend.controls", {})
-DATASET_FORMATS = Registry("dataset format", "ml_backend.dataset_formats", {})
+CONTROLS = Registry(
+    "control",
+    "ml_backend.controls",
+    {
+        "rectanglelabels": ("ml_backend.label_studio.controls.rectangle_labels:RectangleLabels"),
+        "rectangle": "ml_backend.label_studio.controls.rectangle:Rectangle",
+    },
+)
+# In the order in which a folder is looked through: the first format that recognises it reads it.
+DATASET_FORMATS = Registry(
+    "dataset format",
+    "ml_backend.dataset_formats",
+    {
+        "coco": "ml_backend.datasets.formats.coco:Coco",
+        "label_studio": "ml_backend.datasets.formats.label_studio:LabelStudioExport",
+        "yolo": "ml_backend.datasets.formats.yolo:Yolo",
+        "pascal_voc": "ml_backend.datasets.formats.pascal_voc:PascalVoc",
+    },
+)

@@ -13,7 +13,8 @@ import pytest
 
 from ml_backend.label_studio.addresses import Guard
 from ml_backend.label_studio.client import LabelStudioClient
-from ml_backend.label_studio.images import DiskCache, ImageSource, ImageUnavailable
+from ml_backend.label_studio.disk_cache import DiskCache
+from ml_backend.label_studio.images import ImageSource, ImageUnavailable
 from tests import image_host as host
 from tests.image_host import CONTENT, ImageHost, image_host
 
@@ -97,7 +98,7 @@ def _leads_to(monkeypatch: pytest.MonkeyPatch, name: str, *answers: Sequence[str
         ("someone@127.0.0.1", "127.0.0.1"),
     ],
 )
-def test_this_machine_is_not_connected_to_under_any_spelling_unless_allowed(
+def test_guard_any_spelling_of_this_machine_is_refused_unless_allowed(
     name: str, allowed: str, inside: ImageHost, source: Source
 ) -> None:
     address = f"http://{name}:{inside.server_port}/a.png"
@@ -125,7 +126,7 @@ def test_this_machine_is_not_connected_to_under_any_spelling_unless_allowed(
         *("64:ff9b::a00:1", "64:ff9b:1::1"),
     ],
 )
-def test_what_is_not_public_is_refused(address: str) -> None:
+def test_guard_address_that_is_not_public_is_refused(address: str) -> None:
     assert not Guard([], []).allows(address)
 
 
@@ -140,7 +141,7 @@ def test_what_is_not_public_is_refused(address: str) -> None:
         "64:ff9b::8.8.8.8",
     ],
 )
-def test_what_is_public_is_allowed(address: str) -> None:
+def test_guard_public_address_is_allowed(address: str) -> None:
     assert Guard([], []).allows(address)
 
 
@@ -157,13 +158,13 @@ def test_what_is_public_is_allowed(address: str) -> None:
         ("minio", "10.0.0.7", False),
     ],
 )
-def test_a_network_that_is_allowed_is_just_that_network(
+def test_guard_allowed_network_allows_no_other_address(
     allowed: str, address: str, expected: bool
 ) -> None:
     assert Guard([], [allowed]).allows(address) is expected
 
 
-def test_label_studio_is_reached_wherever_it_is_and_nothing_beside_it(
+def test_guard_label_studios_own_origin_is_allowed_and_no_other_port(
     studio: ImageHost, inside: ImageHost, source: Source
 ) -> None:
     studio.answers["/data/upload/a.png"] = host.redirect(f"{studio.url}/a.png")
@@ -178,7 +179,9 @@ def test_label_studio_is_reached_wherever_it_is_and_nothing_beside_it(
     assert inside.connections == 0
 
 
-def test_each_redirect_is_checked(studio: ImageHost, inside: ImageHost, source: Source) -> None:
+def test_guard_redirect_to_a_refused_address_is_not_followed(
+    studio: ImageHost, inside: ImageHost, source: Source
+) -> None:
     studio.answers["/data/upload/a.png"] = host.redirect(f"{studio.url}/next")
     studio.answers["/next"] = host.redirect(f"{inside.url}/a.png")
     with pytest.raises(ImageUnavailable, match=SETTING):
@@ -187,7 +190,7 @@ def test_each_redirect_is_checked(studio: ImageHost, inside: ImageHost, source: 
     assert inside.connections == 0
 
 
-def test_the_address_that_was_checked_is_the_one_that_is_connected_to(
+def test_guard_name_that_resolves_differently_later_connects_to_the_checked_address(
     inside: ImageHost,
     make_host: Callable[..., ImageHost],
     source: Source,
@@ -204,7 +207,7 @@ def test_the_address_that_was_checked_is_the_one_that_is_connected_to(
     assert (outside.connections, inside.connections) == (1, 0)
 
 
-def test_of_several_addresses_only_those_that_may_be_are_tried(
+def test_guard_name_with_several_addresses_tries_only_the_allowed_ones(
     inside: ImageHost,
     make_host: Callable[..., ImageHost],
     source: Source,
@@ -218,7 +221,7 @@ def test_of_several_addresses_only_those_that_may_be_are_tried(
     assert inside.connections == 0
 
 
-def test_over_tls_the_name_is_sent_and_the_checked_address_reached(
+def test_guard_tls_connects_to_the_checked_address_and_sends_the_name(
     source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -245,7 +248,7 @@ def test_over_tls_the_name_is_sent_and_the_checked_address_reached(
     assert b"images.example" in hello[0]
 
 
-def test_behind_a_proxy_what_is_known_to_lead_inside_is_not_asked_for(
+def test_guard_behind_a_proxy_refuses_names_that_resolve_inside_the_network(
     studio: ImageHost, inside: ImageHost, source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("http_proxy", inside.url)
@@ -258,7 +261,7 @@ def test_behind_a_proxy_what_is_known_to_lead_inside_is_not_asked_for(
 
 
 @pytest.mark.parametrize("own", ["http://[", "http://", "label-studio:8080", "http://x:y"])
-def test_an_address_of_label_studio_that_is_none_allows_nothing(
+def test_guard_invalid_address_of_label_studio_allows_nothing(
     own: str, inside: ImageHost, source: Source
 ) -> None:
     with pytest.raises(ImageUnavailable, match=SETTING):

@@ -27,6 +27,7 @@ from ml_backend.detection.presets import preset_named
 from ml_backend.doctor.doctor import Doctor, Finding
 from ml_backend.http.app import create_app
 from ml_backend.label_studio import client as client_module
+from ml_backend.label_studio import transport as transport_module
 from ml_backend.label_studio.client import (
     LabelStudioClient,
     Passing,
@@ -204,7 +205,7 @@ class Site:
 
 
 def _short_of_patience() -> None:
-    client_module._TIMEOUT = client_module._QUICK_TIMEOUT = (1, 1)
+    client_module._QUICK_TIMEOUT = transport_module._TIMEOUT = (1, 1)
 
 
 def _autolabel(job: int) -> None:

@@ -23,7 +23,6 @@ from ml_backend.demo.shapes import generate
 from ml_backend.detection.detector import Detector
 from ml_backend.detection.presets import preset_named
 from ml_backend.label_studio.label_config import parse_label_config
-from ml_backend.label_studio.regions import read_regions
 from ml_backend.projects.connect import SECRET_HEADER
 from ml_backend.settings import load_settings
 from ml_backend.store.tables import Annotation
@@ -324,10 +323,10 @@ def test_boxes_that_cannot_be_are_stored_as_they_came_and_left_out(
     }
     stored = _stored(backend, 501)
     assert stored == hook["annotation"]["result"]
-    read = read_regions(stored, parse_label_config(CONFIG).controls[0])
-    assert [box.region_id for box in read.boxes] == ["r11", "r11", "r11", "r12", "r13"]
-    assert all(0 <= box.x1 < box.x2 <= 1 and 0 <= box.y1 < box.y2 <= 1 for box in read.boxes)
-    assert read.boxes[0].x2 == 1
+    read = parse_label_config(CONFIG).controls[0].read_regions(stored)
+    assert [box.region_id for box in read.regions] == ["r11", "r11", "r11", "r12", "r13"]
+    assert all(0 <= box.x1 < box.x2 <= 1 and 0 <= box.y1 < box.y2 <= 1 for box in read.regions)
+    assert read.regions[0].x2 == 1
     assert len(read.dropped) == len(wrong)
 
 

@@ -128,7 +128,7 @@ def site(label_studio: LabelStudioServer, tmp_path: Path) -> Iterator[Site]:
     made.running.stop()
 
 
-def test_somebody_elses_connection_is_left_alone(
+def test_connect_other_backends_connection_is_not_changed(
     site: Site, other_model: tuple[str, list[str | None]]
 ) -> None:
     url, seen = other_model
@@ -142,7 +142,7 @@ def test_somebody_elses_connection_is_left_alone(
     assert set(seen) == {None}
 
 
-def test_a_connection_that_was_added_by_hand_follows_and_is_repaired(site: Site) -> None:
+def test_connection_added_by_hand_gets_the_title_and_connect_repairs_it(site: Site) -> None:
     running = site.running
     # Not the address that the settings have: what it answers says whose it is.
     url = running.url.replace("127.0.0.1", "127.0.0.2")
@@ -181,7 +181,7 @@ def test_a_connection_that_was_added_by_hand_follows_and_is_repaired(site: Site)
     assert {findings[what]["status"] for what in ("connection", "webhook")} == {"ok"}
 
 
-def test_images_are_read_where_label_studio_is_though_tasks_say_where_browsers_find_it(
+def test_predict_image_address_for_browsers_is_read_from_label_studios_known_address(
     site: Site,
 ) -> None:
     (upload,) = site.call("GET", f"/api/tasks/{site.task}/")["data"].values()
@@ -194,7 +194,7 @@ def test_images_are_read_where_label_studio_is_though_tasks_say_where_browsers_f
     assert images.route_of(BROWSERS + upload) == "an upload, from Label Studio"
 
 
-def test_the_doctor_says_which_labels_coco_knows(
+def test_doctor_project_without_a_version_lists_the_labels_that_coco_knows(
     label_studio: LabelStudioServer, tmp_path: Path
 ) -> None:
     config = LABEL_CONFIG.replace(

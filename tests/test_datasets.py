@@ -1,35 +1,36 @@
-"""Data sets as people have them: the same images, however they are written down."""
+"""Reading data sets: every format, what is left out, and the errors."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from ml_backend.datasets.datasets import DatasetError, LabelledData, read_dataset
+from ml_backend.datasets.reader import read_dataset
+from ml_backend.datasets.types import DatasetError
 from ml_backend.detection.decoding import decode_image
-from ml_backend.detection.types import Sample
+from tests.dataset_files import (
+    FIVE,
+    LABELS,
+    WRITERS,
+    Picture,
+    boxes_of,
+    coco_content,
+    export_region,
+    export_task,
+    save_images,
+    write_coco,
+    write_json,
+    write_label_studio,
+    write_voc,
+    write_yolo,
+)
 
-LABELS = ("car", "truck")
-# Name, stored width and height, EXIF orientation, boxes (label, x1, y1, x2, y2) when upright.
-Picture = tuple[str, int, int, int, list[tuple[str, int, int, int, int]]]
-FIVE: list[Picture] = [
-    ("a.jpg", 80, 60, 1, [("car", 8, 6, 40, 30), ("truck", 40, 30, 80, 60)]),
-    ("b.png", 100, 50, 1, [("truck", 10, 5, 30, 45)]),
-    ("c.jpg", 64, 64, 1, []),
-    # Turned by a quarter: 60 wide and 80 high when upright.
-    ("d.jpg", 80, 60, 6, [("car", 30, 40, 60, 80)]),
-    ("e.jpg", 40, 40, 1, [("car", 0, 0, 40, 40), ("car", 4, 8, 12, 16)]),
-]
-Box = tuple[str, float, float, float, float]
 
-
-def test_the_same_images_in_four_formats_are_the_same_samples(tmp_path: Path) -> None:
+def test_read_dataset_same_images_in_four_formats_give_the_same_samples(tmp_path: Path) -> None:
     writers = (write_coco, write_voc, write_yolo, write_label_studio)
     read = []
     for writer in writers:
@@ -43,7 +44,7 @@ def test_the_same_images_in_four_formats_are_the_same_samples(tmp_path: Path) ->
             assert (sample.boxes <= [image.width, image.height] * 2).all()
             assert sample.boxes.dtype == np.float32
             assert sample.labels.dtype == np.int64
-        read.append([(s.image.name, _boxes(data, s)) for s in data.samples])
+        read.append([(s.image.name, boxes_of(data, s)) for s in data.samples])
     wanted = [(name, [(b[0], *map(float, b[1:])) for b in boxes]) for name, *_, boxes in FIVE]
     for writer, found in zip(writers, read, strict=True):
         assert [name for name, _ in found] == [name for name, _ in wanted], writer
@@ -53,7 +54,7 @@ def test_the_same_images_in_four_formats_are_the_same_samples(tmp_path: Path) ->
                 assert ours[1:] == pytest.approx(theirs[1:], abs=1e-3), (writer, name)
 
 
-def test_keys_are_paths_and_the_order_is_theirs(tmp_path: Path) -> None:
+def test_read_dataset_keys_are_image_paths_in_sorted_order(tmp_path: Path) -> None:
     write_coco(tmp_path, FIVE[::-1])
     data = read_dataset(tmp_path)
     assert [s.key for s in data.samples] == [f"images/{name}" for name, *_ in FIVE]
@@ -61,22 +62,22 @@ def test_keys_are_paths_and_the_order_is_theirs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["coco", "coco in one folder", "voc", "yolo", "yolo, turned"])
-def test_splits_that_share_a_file_name_become_one(tmp_path: Path, form: str) -> None:
+def test_read_dataset_splits_with_equal_file_names_become_one(tmp_path: Path, form: str) -> None:
     """One image of the same name in each split; `b.png` is in `train` alone."""
     train = [("1.jpg", 80, 60, 1, [("car", 1, 2, 30, 40)]), FIVE[1]]
     valid = [("1.jpg", 50, 90, 1, [("truck", 5, 6, 7, 88)])]
     if form == "coco in one folder":
         for split, pictures in (("train", train), ("valid", valid)):
-            _save(tmp_path / "images" / split, pictures)
-            _write(tmp_path / f"annotations/instances_{split}.json", _coco(pictures))
+            save_images(tmp_path / "images" / split, pictures)
+            write_json(tmp_path / f"annotations/instances_{split}.json", coco_content(pictures))
     elif form == "yolo, turned":
         for split, pictures in (("train", train), ("valid", valid)):
             write_yolo(tmp_path, pictures, images=f"images/{split}", labels=f"labels/{split}")
     else:
         for split, pictures in (("train", train), ("valid", valid)):
             if form == "coco":
-                _save(tmp_path / split, pictures)
-                _write(tmp_path / split / "_annotations.coco.json", _coco(pictures))
+                save_images(tmp_path / split, pictures)
+                write_json(tmp_path / split / "_annotations.coco.json", coco_content(pictures))
             elif form == "voc":
                 write_voc(tmp_path / split, pictures, annotations=".", images=".")
             else:
@@ -86,16 +87,18 @@ def test_splits_that_share_a_file_name_become_one(tmp_path: Path, form: str) -> 
             (tmp_path / "valid/data.yaml").unlink()
     data = read_dataset(tmp_path, _no_warning)
     assert len({s.key for s in data.samples}) == 3
-    boxes = {s.key: _boxes(data, s) for s in data.samples}
+    boxes = {s.key: boxes_of(data, s) for s in data.samples}
     assert [b[0] for key in boxes if "valid" in key for b in boxes[key]] == ["truck"]
     assert [b[0] for key in boxes if "train/" in key for b in boxes[key]] == ["car", "truck"]
 
 
-def test_an_image_missing_in_a_split_is_not_taken_from_another(tmp_path: Path) -> None:
+def test_read_dataset_image_missing_in_a_split_is_not_taken_elsewhere(
+    tmp_path: Path,
+) -> None:
     one: list[Picture] = [("1.jpg", 80, 60, 1, [("car", 1, 2, 30, 40)])]
     for split in ("train", "val"):
-        _save(tmp_path / "images" / split, [*one, FIVE[1]])
-        _write(tmp_path / f"annotations/{split}.json", _coco([*one, FIVE[1]]))
+        save_images(tmp_path / "images" / split, [*one, FIVE[1]])
+        write_json(tmp_path / f"annotations/{split}.json", coco_content([*one, FIVE[1]]))
     (tmp_path / "images/val/1.jpg").unlink()
     data = read_dataset(tmp_path, lambda _: None)
     assert [s.key for s in data.samples] == [
@@ -107,7 +110,7 @@ def test_an_image_missing_in_a_split_is_not_taken_from_another(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("form", ["coco", "voc", "yolo", "label_studio"])
-def test_a_missing_and_a_broken_image_are_counted(tmp_path: Path, form: str) -> None:
+def test_read_dataset_missing_and_broken_images_are_left_out(tmp_path: Path, form: str) -> None:
     WRITERS[form](tmp_path, FIVE)
     (missing,) = tmp_path.rglob("*a.jpg")
     missing.unlink()
@@ -125,8 +128,8 @@ def test_a_missing_and_a_broken_image_are_counted(tmp_path: Path, form: str) -> 
     assert any("b.png: the image file cannot be read" in line for line in told)
 
 
-def test_coco_leaves_out_what_is_no_box(tmp_path: Path) -> None:
-    content = _coco(FIVE)
+def test_read_coco_invalid_entries_are_counted_as_left_out(tmp_path: Path) -> None:
+    content = coco_content(FIVE)
     content["categories"].insert(0, {"id": 99, "name": "things", "supercategory": "none"})
     changes: list[dict[str, Any]] = [
         {"iscrowd": 1, "segmentation": {"counts": [1], "size": [2, 2]}},
@@ -146,11 +149,11 @@ def test_coco_leaves_out_what_is_no_box(tmp_path: Path) -> None:
         content["annotations"].append(annotation | change)
     content["annotations"].append("nonsense")
     content["images"] += [{"id": 77}, None]
-    _save(tmp_path / "images", FIVE)
-    _write(tmp_path / "annotations.json", content)
+    save_images(tmp_path / "images", FIVE)
+    write_json(tmp_path / "annotations.json", content)
     data = read_dataset(tmp_path / "annotations.json", lambda _: None)
     assert data.labels == LABELS
-    assert _boxes(data, data.samples[0])[-1] == ("car", 40, 10, 80, 15)
+    assert boxes_of(data, data.samples[0])[-1] == ("car", 40, 10, 80, 15)
     assert sum(len(s.boxes) for s in data.samples) == 7
     assert data.left_out == {
         "a crowd (iscrowd) is no single object": 1,
@@ -164,12 +167,12 @@ def test_coco_leaves_out_what_is_no_box(tmp_path: Path) -> None:
     }
 
 
-def test_a_size_that_is_not_the_images_is_told(tmp_path: Path) -> None:
-    content = _coco(FIVE)
+def test_read_coco_wrong_image_size_gives_a_warning(tmp_path: Path) -> None:
+    content = coco_content(FIVE)
     content["images"][0] |= {"width": 60, "height": 80}
     content["images"][1] |= {"width": 0, "height": 0}
-    _save(tmp_path / "images", FIVE)
-    _write(tmp_path / "annotations.json", content)
+    save_images(tmp_path / "images", FIVE)
+    write_json(tmp_path / "annotations.json", content)
     told: list[str] = []
     data = read_dataset(tmp_path, told.append)
     assert len(data.samples) == 5
@@ -180,20 +183,22 @@ def test_a_size_that_is_not_the_images_is_told(tmp_path: Path) -> None:
     ]
 
 
-def test_an_image_that_two_files_annotate_counts_once(tmp_path: Path) -> None:
+def test_read_coco_image_in_two_files_is_used_once(tmp_path: Path) -> None:
     """As COCO has it: `instances_val.json` and `person_keypoints_val.json`, and captions."""
-    _save(tmp_path / "val", FIVE)
-    _write(tmp_path / "annotations/instances_val.json", _coco(FIVE))
-    _write(tmp_path / "annotations/person_keypoints_val.json", _coco(FIVE))
-    _write(tmp_path / "annotations/captions_val.json", {"images": [], "annotations": []})
+    save_images(tmp_path / "val", FIVE)
+    write_json(tmp_path / "annotations/instances_val.json", coco_content(FIVE))
+    write_json(tmp_path / "annotations/person_keypoints_val.json", coco_content(FIVE))
+    write_json(tmp_path / "annotations/captions_val.json", {"images": [], "annotations": []})
     data = read_dataset(tmp_path, lambda _: None)
     assert sum(len(s.boxes) for s in data.samples) == 6
     assert data.left_out == {"the image is annotated before: the first counts": 5}
 
 
-def test_yolo_reads_names_polygons_and_confidences(tmp_path: Path) -> None:
-    _save(tmp_path / "images", FIVE[:1])
-    _save(tmp_path / "images/unlabelled", FIVE[1:2])
+def test_read_yolo_polygons_are_read_and_invalid_lines_left_out(
+    tmp_path: Path,
+) -> None:
+    save_images(tmp_path / "images", FIVE[:1])
+    save_images(tmp_path / "images/unlabelled", FIVE[1:2])
     (tmp_path / "labels").mkdir()
     (tmp_path / "labels/a.txt").write_text(
         "0 0.5 0.5 0.5 0.5 0.93\n"
@@ -207,7 +212,7 @@ def test_yolo_reads_names_polygons_and_confidences(tmp_path: Path) -> None:
     (tmp_path / "data.yaml").write_text("path: elsewhere\nnames:\n  1: truck\n  0: car\n")
     data = read_dataset(tmp_path, lambda _: None)
     assert [s.key for s in data.samples] == ["images/a.jpg"]
-    assert _boxes(data, data.samples[0]) == [
+    assert boxes_of(data, data.samples[0]) == [
         ("car", 20, 15, 60, 45),
         ("truck", 8, 6, 40, 54),
     ]
@@ -220,7 +225,7 @@ def test_yolo_reads_names_polygons_and_confidences(tmp_path: Path) -> None:
     }
 
 
-def test_yolo_beside_the_images(tmp_path: Path) -> None:
+def test_read_yolo_label_files_beside_the_images_are_read(tmp_path: Path) -> None:
     write_yolo(tmp_path, FIVE, images=".", labels=".")
     (tmp_path / "data.yaml").unlink()
     (tmp_path / "classes.txt").write_text("car\ntruck\n")
@@ -229,9 +234,9 @@ def test_yolo_beside_the_images(tmp_path: Path) -> None:
     assert data.labels == LABELS
 
 
-def test_voc_takes_the_photograph_and_not_its_mask(tmp_path: Path) -> None:
+def test_read_voc_image_of_equal_stem_is_used_and_not_its_mask(tmp_path: Path) -> None:
     write_voc(tmp_path, FIVE)
-    _save(tmp_path / "SegmentationClass", [("a.png", 80, 60, 1, [])])
+    save_images(tmp_path / "SegmentationClass", [("a.png", 80, 60, 1, [])])
     (tmp_path / "Annotations/bad.xml").write_text("<annotation>")
     (tmp_path / "Annotations/evil.xml").write_text("<!DOCTYPE a []><annotation/>")
     (tmp_path / "Annotations/e.xml").write_text(
@@ -241,32 +246,38 @@ def test_voc_takes_the_photograph_and_not_its_mask(tmp_path: Path) -> None:
     )
     data = read_dataset(tmp_path, lambda _: None)
     assert [s.key for s in data.samples] == [f"JPEGImages/{name}" for name, *_ in FIVE]
-    assert _boxes(data, data.samples[-1]) == [("car", 0, 0, 4.5, 4)]
+    assert boxes_of(data, data.samples[-1]) == [("car", 0, 0, 4.5, 4)]
     assert data.left_out == {
         "an XML file cannot be read": 2,
         "an object has no name, or no bndbox of four numbers": 1,
     }
 
 
-def test_of_an_exports_annotations_one_counts(tmp_path: Path) -> None:
-    _save(tmp_path, FIVE)
+def test_read_label_studio_several_annotations_uses_truth_or_newest(
+    tmp_path: Path,
+) -> None:
+    save_images(tmp_path, FIVE)
 
     def annotation(label: str, second: int, **more: Any) -> dict[str, Any]:
         moment = f"2026-01-01T00:00:{second:02}Z"
-        return {"result": [_region(("x", label))], "updated_at": moment, **more}
+        return {"result": [export_region(("x", label))], "updated_at": moment, **more}
 
     tasks = [
-        _task("a.jpg", annotation("old", 1), annotation("new", 3), annotation("older", 0)),
-        _task("b.png", annotation("truth", 1, ground_truth=True), annotation("new", 3)),
-        _task("c.jpg", annotation("kept", 1), annotation("skipped", 3, was_cancelled=True)),
-        _task("d.jpg", annotation("skipped", 3, was_cancelled=True)),
-        _task("e.jpg"),
-        _task("s3://bucket/folder/gone.jpg", annotation("new", 1)),
+        export_task("a.jpg", annotation("old", 1), annotation("new", 3), annotation("older", 0)),
+        export_task("b.png", annotation("truth", 1, ground_truth=True), annotation("new", 3)),
+        export_task("c.jpg", annotation("kept", 1), annotation("skipped", 3, was_cancelled=True)),
+        export_task("d.jpg", annotation("skipped", 3, was_cancelled=True)),
+        export_task("e.jpg"),
+        export_task("s3://bucket/folder/gone.jpg", annotation("new", 1)),
         {"id": 9, "data": {"text": "a.jpg has no image here"}, "annotations": [annotation("x", 1)]},
     ]
-    _write(tmp_path / "export.json", tasks)
+    write_json(tmp_path / "export.json", tasks)
     data = read_dataset(tmp_path, lambda _: None)
-    assert [[b[0] for b in _boxes(data, s)] for s in data.samples] == [["new"], ["truth"], ["kept"]]
+    assert [[b[0] for b in boxes_of(data, s)] for s in data.samples] == [
+        ["new"],
+        ["truth"],
+        ["kept"],
+    ]
     assert data.left_out == {
         "the task is skipped, or not annotated": 2,
         "the image file is missing": 1,
@@ -274,9 +285,9 @@ def test_of_an_exports_annotations_one_counts(tmp_path: Path) -> None:
     }
 
 
-def test_an_exports_controls_show_in_what_they_drew(tmp_path: Path) -> None:
+def test_read_label_studio_controls_are_derived_from_the_results(tmp_path: Path) -> None:
     """Rectangle with Labels, a rotated rectangle, a polygon, and two images in one task."""
-    _save(tmp_path / "upload/1", FIVE)
+    save_images(tmp_path / "upload/1", FIVE)
     place = {"x": 10, "y": 20, "width": 30, "height": 40, "rotation": 0}
     both = {"to_name": "image", "original_width": 80, "original_height": 60}
     first = [
@@ -306,7 +317,7 @@ def test_an_exports_controls_show_in_what_they_drew(tmp_path: Path) -> None:
             **both,
         },
     ]
-    other = _region(("x", "car")) | {"to_name": "second", "from_name": "label2"}
+    other = export_region(("x", "car")) | {"to_name": "second", "from_name": "label2"}
     tasks = [
         {"id": 1, "data": {"image": "/data/upload/1/a.jpg"}, "annotations": [{"result": first}]},
         {
@@ -315,10 +326,10 @@ def test_an_exports_controls_show_in_what_they_drew(tmp_path: Path) -> None:
             "annotations": [{"result": [other]}],
         },
     ]
-    _write(tmp_path / "export.json", tasks)
+    write_json(tmp_path / "export.json", tasks)
     data = read_dataset(tmp_path / "export.json", lambda _: None)
     assert [s.key for s in data.samples] == [f"upload/1/{n}" for n in ("a.jpg", "b.png", "e.jpg")]
-    (box, turned), empty, (second,) = (_boxes(data, s) for s in data.samples)
+    (box, turned), empty, (second,) = (boxes_of(data, s) for s in data.samples)
     assert (box[0], turned[0], second[0], empty) == ("car", "truck", "car", [])
     assert box[1:] == pytest.approx((8, 12, 32, 36))
     # 20 x 30 pixels, turned about their corner at (40, 0).
@@ -335,11 +346,13 @@ def _archive(path: Path) -> None:
 
 
 def _json_min(path: Path) -> None:
-    _write(path / "project.json", [{"image": "a.jpg", "id": 1, "annotation_id": 4, "label": []}])
+    write_json(
+        path / "project.json", [{"image": "a.jpg", "id": 1, "annotation_id": 4, "label": []}]
+    )
 
 
 def _no_images(path: Path) -> None:
-    _write(path / "annotations.json", _coco(FIVE))
+    write_json(path / "annotations.json", coco_content(FIVE))
 
 
 def _no_boxes(path: Path) -> None:
@@ -365,7 +378,7 @@ def _odd_names(path: Path) -> None:
     ("write", "words"),
     [
         (lambda path: None, "there is no .*: give the folder"),
-        (_nothing, r"looked for a JSON file .*data\.yaml or classes\.txt .*XML"),
+        (_nothing, r"looked for COCO \(a JSON file .*data\.yaml or classes\.txt.*XML"),
         (_archive, "an archive must be unpacked first"),
         (_json_min, r"project\.json is an export as JSON-MIN.*: export the project as JSON"),
         (_no_images, r"\(5 times: the image file is missing\): put the image files below"),
@@ -375,7 +388,7 @@ def _odd_names(path: Path) -> None:
         (_odd_names, r"names in .*data\.yaml must be a list"),
     ],
 )
-def test_what_cannot_be_read_is_said_in_a_line(
+def test_read_dataset_unreadable_data_set_error_is_one_line_with_the_path(
     tmp_path: Path, write: Callable[[Path], None], words: str
 ) -> None:
     write(tmp_path / "data")
@@ -385,13 +398,15 @@ def test_what_cannot_be_read_is_said_in_a_line(
     assert "\n" not in str(caught.value)
 
 
-def test_a_json_file_of_another_kind_is_refused(tmp_path: Path) -> None:
-    _write(tmp_path / "other.json", {"version": 1})
+def test_read_dataset_other_json_file_error_lists_the_json_formats(tmp_path: Path) -> None:
+    write_json(tmp_path / "other.json", {"version": 1})
     with pytest.raises(DatasetError, match=r"is neither COCO .* nor an export of Label Studio"):
         read_dataset(tmp_path / "other.json")
 
 
-def test_a_broken_file_beside_a_data_set_is_counted(tmp_path: Path) -> None:
+def test_read_dataset_broken_json_file_beside_it_is_left_out(
+    tmp_path: Path,
+) -> None:
     write_yolo(tmp_path, FIVE)
     (tmp_path / "package.json").write_text("{ not json")
     found = read_dataset(tmp_path, lambda _: None)
@@ -399,8 +414,10 @@ def test_a_broken_file_beside_a_data_set_is_counted(tmp_path: Path) -> None:
     assert found.left_out["the file is no valid JSON"] == 1
 
 
-def test_images_are_not_decoded(tmp_path: Path) -> None:
-    """Of a file that ends after its head the size is known all the same."""
+def test_read_dataset_truncated_images_are_read_by_their_head(
+    tmp_path: Path,
+) -> None:
+    """The head of a file, before its pixels, holds the size."""
     write_yolo(tmp_path, FIVE)
     for image in (tmp_path / "images").iterdir():
         content = image.read_bytes()
@@ -411,141 +428,10 @@ def test_images_are_not_decoded(tmp_path: Path) -> None:
     assert len(data.samples) == 5
 
 
-def test_a_link_back_to_the_folder_ends(tmp_path: Path) -> None:
+def test_read_dataset_symbolic_link_to_a_parent_folder_is_followed_once(tmp_path: Path) -> None:
     write_coco(tmp_path, FIVE)
     (tmp_path / "images/again").symlink_to(tmp_path)
     assert len(read_dataset(tmp_path, _no_warning).samples) == 5
-
-
-def write_coco(folder: Path, pictures: list[Picture]) -> None:
-    _save(folder / "images", pictures)
-    _write(folder / "annotations.json", _coco(pictures))
-
-
-def write_voc(
-    folder: Path,
-    pictures: list[Picture],
-    annotations: str = "Annotations",
-    images: str = "JPEGImages",
-) -> None:
-    _save(folder / images, pictures)
-    (folder / annotations).mkdir(exist_ok=True)
-    for name, *_, boxes in pictures:
-        width, height = _upright(folder / images / name)
-        objects = "".join(
-            f"<object><name>{label}</name><bndbox><xmin>{x1 + 1}</xmin><ymin>{y1 + 1}</ymin>"
-            f"<xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
-            for label, x1, y1, x2, y2 in boxes
-        )
-        (folder / annotations / Path(name).with_suffix(".xml")).write_text(
-            f"<annotation><filename>{name}</filename><size><width>{width}</width>"
-            f"<height>{height}</height><depth>3</depth></size>{objects}</annotation>"
-        )
-
-
-def write_yolo(
-    folder: Path, pictures: list[Picture], images: str = "images", labels: str = "labels"
-) -> None:
-    """An image without a box has no file of labels."""
-    _save(folder / images, pictures)
-    (folder / labels).mkdir(parents=True, exist_ok=True)
-    (folder / "data.yaml").write_text(f"nc: 2\nnames: [{', '.join(LABELS)}]\n")
-    for name, *_, boxes in pictures:
-        width, height = _upright(folder / images / name)
-        lines = [
-            f"{LABELS.index(label)} {(x1 + x2) / 2 / width} {(y1 + y2) / 2 / height} "
-            f"{(x2 - x1) / width} {(y2 - y1) / height}\n"
-            for label, x1, y1, x2, y2 in boxes
-        ]
-        if lines:
-            (folder / labels / Path(name).with_suffix(".txt")).write_text("".join(lines))
-
-
-def write_label_studio(folder: Path, pictures: list[Picture]) -> None:
-    _save(folder / "upload/3", pictures)
-    tasks = []
-    for name, *_, boxes in pictures:
-        width, height = _upright(folder / "upload/3" / name)
-        result = [
-            _region(
-                ("image", label),
-                (x1 / width, y1 / height, (x2 - x1) / width, (y2 - y1) / height),
-            )
-            for label, x1, y1, x2, y2 in boxes
-        ]
-        tasks.append(_task(f"/data/upload/3/{name}", {"result": result}))
-    _write(folder / "project-1.json", tasks)
-
-
-WRITERS: dict[str, Callable[[Path, list[Picture]], None]] = {
-    "coco": write_coco,
-    "voc": write_voc,
-    "yolo": write_yolo,
-    "label_studio": write_label_studio,
-}
-
-
-def _coco(pictures: list[Picture]) -> dict[str, Any]:
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for number, (name, width, height, orientation, boxes) in enumerate(pictures, 1):
-        size = (height, width) if orientation == 6 else (width, height)
-        images.append({"id": number, "file_name": name, "width": size[0], "height": size[1]})
-        annotations += [
-            {
-                "id": len(annotations) + i,
-                "image_id": number,
-                "category_id": LABELS.index(label) + 1,
-                "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "iscrowd": 0,
-            }
-            for i, (label, x1, y1, x2, y2) in enumerate(boxes)
-        ]
-    categories = [{"id": i, "name": name} for i, name in enumerate(LABELS, 1)]
-    return {"images": images, "annotations": annotations, "categories": categories}
-
-
-def _region(
-    names: tuple[str, str], place: tuple[float, float, float, float] = (0.1, 0.1, 0.5, 0.5)
-) -> dict[str, Any]:
-    """A rectangle on the image `names[0]` with the label `names[1]`."""
-    keys = ("x", "y", "width", "height")
-    value = {key: number * 100 for key, number in zip(keys, place, strict=True)}
-    return {
-        "id": "r",
-        "from_name": "label",
-        "to_name": names[0],
-        "type": "rectanglelabels",
-        "value": value | {"rotation": 0, "rectanglelabels": [names[1]]},
-    }
-
-
-def _task(image: str, *annotations: dict[str, Any]) -> dict[str, Any]:
-    return {"id": 1, "data": {"image": image}, "annotations": list(annotations)}
-
-
-def _save(folder: Path, pictures: list[Picture]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, width, height, orientation, _ in pictures:
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        Image.new("RGB", (width, height), "grey").save(folder / name, exif=exif)
-
-
-def _upright(image: Path) -> tuple[int, int]:
-    return decode_image(image).size
-
-
-def _write(file: Path, content: object) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content))
-
-
-def _boxes(data: LabelledData, sample: Sample) -> list[Box]:
-    return [
-        (data.labels[label], *box)
-        for label, box in zip(sample.labels.tolist(), sample.boxes.tolist(), strict=True)
-    ]
 
 
 def _no_warning(text: str) -> None:

@@ -17,7 +17,6 @@ from ml_backend.demo.shapes import SHAPES, ShapeImage, generate
 from ml_backend.detection.evaluation import Evaluation, evaluate
 from ml_backend.detection.types import Detections, Sample
 from ml_backend.label_studio.label_config import parse_label_config
-from ml_backend.label_studio.regions import read_regions
 from tests.conftest import MakeBackend, RunningBackend, ask, wait_for
 
 ANNOTATED = 120
@@ -109,7 +108,7 @@ class Site:
         for task in tasks:
             image = self.images[task]
             prediction = self.predicted(task, version)
-            boxes = read_regions(prediction["result"], control).boxes
+            boxes = control.read_regions(prediction["result"]).regions
             scores = {r["id"]: r["score"] for r in prediction["result"]}
             size = np.array([*image.image.size] * 2, np.float32)
             found.append(

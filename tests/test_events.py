@@ -55,7 +55,7 @@ def _parse(action: str) -> Event:
 
 
 @pytest.mark.parametrize("name", WEBHOOKS)
-def test_every_recorded_webhook_concerns_the_project_that_setup_and_predict_name(
+def test_parse_event_recorded_webhooks_have_the_project_key_of_setup_and_predict(
     name: str,
 ) -> None:
     event = parse_event(capture(name))
@@ -66,10 +66,9 @@ def test_every_recorded_webhook_concerns_the_project_that_setup_and_predict_name
     assert event.project.title == "bccd"
     assert event.project.label_config.startswith("<View><Image")
     assert event.project.model_version == "det"
-    assert event.project.sampling == "Uncertainty sampling"
 
 
-def test_a_created_annotation_comes_with_its_task() -> None:
+def test_parse_event_annotation_created_holds_annotation_and_task() -> None:
     event = _parse("ANNOTATION_CREATED")
     assert isinstance(event, AnnotationsChanged)
     (annotation,) = event.annotations
@@ -86,7 +85,7 @@ def test_a_created_annotation_comes_with_its_task() -> None:
     assert task.data["image"].startswith("/data/upload/1/")
 
 
-def test_an_updated_annotation_without_regions_is_read_as_such() -> None:
+def test_parse_event_annotation_updated_without_regions_has_an_empty_result() -> None:
     event = _parse("ANNOTATION_UPDATED")
     assert isinstance(event, AnnotationsChanged)
     (annotation,) = event.annotations
@@ -95,7 +94,7 @@ def test_an_updated_annotation_without_regions_is_read_as_such() -> None:
     assert [task.id for task in event.tasks] == [1]
 
 
-def test_annotations_created_in_bulk_arrive_as_lists() -> None:
+def test_parse_event_annotations_created_in_bulk_are_all_read() -> None:
     body = _webhook("ANNOTATIONS_CREATED")
     event = parse_event(body)
     assert isinstance(event, AnnotationsChanged)
@@ -110,13 +109,13 @@ def test_annotations_created_in_bulk_arrive_as_lists() -> None:
     assert all(a.lead_time is None for a in event.annotations)
 
 
-def test_deleted_annotations_are_known_by_their_ids() -> None:
+def test_parse_event_annotations_deleted_gives_their_ids() -> None:
     event = _parse("ANNOTATIONS_DELETED")
     assert isinstance(event, AnnotationsDeleted)
     assert event.ids == (1,)
 
 
-def test_a_single_deleted_annotation_may_stand_alone() -> None:
+def test_parse_event_single_annotation_deleted_gives_its_id() -> None:
     body = _webhook("ANNOTATIONS_DELETED")
     del body["annotations"]
     event = parse_event({**body, "action": "ANNOTATION_DELETED", "annotation": {"id": 7}})
@@ -124,13 +123,13 @@ def test_a_single_deleted_annotation_may_stand_alone() -> None:
     assert event.ids == (7,)
 
 
-def test_deleted_tasks_are_known_by_their_ids() -> None:
+def test_parse_event_tasks_deleted_gives_their_ids() -> None:
     event = _parse("TASKS_DELETED")
     assert isinstance(event, TasksDeleted)
     assert event.ids == (6,)
 
 
-def test_created_tasks_are_read_with_their_data() -> None:
+def test_parse_event_tasks_created_holds_their_data() -> None:
     task = capture("POST_predict")["tasks"][0]
     project = _webhook("PROJECT_UPDATED")["project"]
     event = parse_event({"action": "TASKS_CREATED", "tasks": [task], "project": project})
@@ -138,24 +137,24 @@ def test_created_tasks_are_read_with_their_data() -> None:
     assert [(t.id, t.data) for t in event.tasks] == [(task["id"], task["data"])]
 
 
-def test_a_changed_project_carries_its_new_label_config() -> None:
+def test_parse_event_project_updated_holds_the_new_label_config() -> None:
     event = _parse("PROJECT_UPDATED")
     assert isinstance(event, ProjectChanged)
     assert 'value="New"' in event.project.label_config
 
 
-def test_the_start_training_button_is_understood() -> None:
+def test_parse_event_start_training_gives_training_requested() -> None:
     assert isinstance(_parse("START_TRAINING"), TrainingRequested)
 
 
 @pytest.mark.parametrize("action", ["LABEL_LINK_CREATED", "PROJECT_DELETED", "", "start_training"])
-def test_other_actions_are_ignored_whatever_else_the_body_holds(action: str) -> None:
+def test_parse_event_other_action_is_ignored_with_any_body(action: str) -> None:
     assert parse_event({"action": action}) == Ignored(action)
     assert parse_event({"action": action, "project": 5, "annotation": None}) == Ignored(action)
 
 
 @pytest.mark.parametrize("action", [None, 5, ["START_TRAINING"], {"a": 1}])
-def test_a_body_without_an_action_is_refused(action: object) -> None:
+def test_parse_event_missing_action_is_an_error(action: object) -> None:
     with pytest.raises(InvalidEvent, match="action"):
         parse_event({"action": action})
     with pytest.raises(InvalidEvent, match="action"):
@@ -204,7 +203,7 @@ LATEST = "9999-12-31T23:59:59-23:59"
         ("TASKS_DELETED", ["tasks", 0, "id"], None, "tasks.id"),
     ],
 )
-def test_a_damaged_body_is_refused_and_the_field_named(
+def test_parse_event_damaged_body_error_names_the_field(
     action: str, path: list[str | int], value: object, named: str
 ) -> None:
     recorded = f"POST_webhook_{action}"
@@ -216,7 +215,7 @@ def test_a_damaged_body_is_refused_and_the_field_named(
     assert str(caught.value).startswith(f"{named}:")
 
 
-def test_what_cannot_be_read_of_several_costs_only_itself(caplog: pytest.LogCaptureFixture) -> None:
+def test_parse_event_invalid_one_of_several_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
     body = _webhook("ANNOTATIONS_CREATED")
     first, second, third = (a["id"] for a in body["annotation"])
     body["annotation"][1]["result"] = None
@@ -225,7 +224,7 @@ def test_what_cannot_be_read_of_several_costs_only_itself(caplog: pytest.LogCapt
     assert isinstance(event, AnnotationsChanged)
     assert [a.id for a in event.annotations] == [first, third]
     assert [t.id for t in event.tasks] == [t["id"] for t in body["task"][1:]]
-    assert f"the id {second} is passed over: annotation.result: must be a list" in caplog.text
+    assert f"the id {second} is left out: annotation.result: must be a list" in caplog.text
     for annotation in body["annotation"]:
         annotation["result"] = None
     with pytest.raises(InvalidEvent, match=r"annotation\.result"):
@@ -256,7 +255,7 @@ def test_what_cannot_be_read_of_several_costs_only_itself(caplog: pytest.LogCapt
         ("ground_truth", True, True),
     ],
 )
-def test_an_annotations_lesser_fields_are_read_or_left_out(
+def test_read_annotation_optional_fields_are_read_or_none(
     field: str, value: object, expected: object
 ) -> None:
     content = {**_webhook("ANNOTATION_CREATED")["annotation"], field: value}
@@ -265,15 +264,14 @@ def test_an_annotations_lesser_fields_are_read_or_left_out(
     assert type(found) is type(expected)
 
 
-@pytest.mark.parametrize("field", ["model_version", "sampling"])
-def test_a_projects_lesser_fields_are_text_or_nothing(field: str) -> None:
+def test_read_project_model_version_is_a_text_or_none() -> None:
     project = _webhook("START_TRAINING")["project"]
-    assert getattr(read_project({**project, field: "new"}), field) == "new"
-    assert getattr(read_project({**project, field: None}), field) is None
-    assert getattr(read_project({**project, field: {"a": 1}}), field) is None
+    assert read_project({**project, "model_version": "new"}).model_version == "new"
+    assert read_project({**project, "model_version": None}).model_version is None
+    assert read_project({**project, "model_version": {"a": 1}}).model_version is None
 
 
-def test_times_are_read_with_their_zone_and_as_utc_without_one() -> None:
+def test_read_task_time_without_a_zone_is_utc() -> None:
     task = capture("POST_predict")["tasks"][0]
     noon = datetime(2026, 1, 31, 12, tzinfo=UTC)
     assert read_task({**task, "updated_at": "2026-01-31T12:00:00Z"}).updated_at == noon
@@ -281,7 +279,7 @@ def test_times_are_read_with_their_zone_and_as_utc_without_one() -> None:
     assert read_task({**task, "updated_at": "2026-01-31T12:00:00"}).updated_at == noon
 
 
-def test_a_projects_key_is_the_same_from_every_time_zone() -> None:
+def test_read_project_key_does_not_depend_on_the_time_zone() -> None:
     project = _webhook("START_TRAINING")["project"]
     moment = datetime.fromisoformat(project["created_at"])
     elsewhere = moment.astimezone(timezone(timedelta(hours=-9, minutes=-30))).isoformat()
@@ -292,14 +290,14 @@ def test_a_projects_key_is_the_same_from_every_time_zone() -> None:
 @pytest.mark.parametrize(
     ("text", "number"), [("1.1795463889", 1), ("42", 42), ("123456789.0", 123456789)]
 )
-def test_a_project_key_is_an_id_and_a_creation_time(text: str, number: int) -> None:
+def test_parse_project_key_gives_the_id(text: str, number: int) -> None:
     assert parse_project_key(text) == ProjectKey(text, number)
 
 
 @pytest.mark.parametrize(
     "text", ["", "x", "1.", ".1", "-1", "1.2.3", " 1", "1\n", "1e3", "../1", "٣.٤", "9" * 19]
 )
-def test_another_project_key_is_refused(text: str) -> None:
+def test_parse_project_key_invalid_text_is_an_error(text: str) -> None:
     with pytest.raises(InvalidEvent, match="project"):
         parse_project_key(text)
 
@@ -340,7 +338,7 @@ JSON = st.recursive(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
-def test_any_body_is_either_understood_or_refused(body: dict[str, Any]) -> None:
+def test_parse_event_any_json_is_parsed_or_an_error(body: dict[str, Any]) -> None:
     _understood_or_refused(body)
 
 
@@ -350,7 +348,7 @@ def test_any_body_is_either_understood_or_refused(body: dict[str, Any]) -> None:
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
-def test_a_recorded_body_with_anything_in_some_place_is_either_understood_or_refused(
+def test_parse_event_recorded_body_with_any_change_is_parsed_or_an_error(
     name: str, data: st.DataObject
 ) -> None:
     body = capture(name)
@@ -373,8 +371,8 @@ def _understood_or_refused(body: dict[str, Any]) -> None:
         assert event.action not in ACTIONS
         return
     assert parse_project_key(event.project.key).id == event.project.id
-    for text in (event.project.model_version, event.project.sampling):
-        assert text is None or isinstance(text, str)
+    version = event.project.model_version
+    assert version is None or isinstance(version, str)
     if isinstance(event, AnnotationsChanged):
         for annotation in event.annotations:
             assert annotation.created_at.tzinfo is not None

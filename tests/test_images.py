@@ -1,10 +1,9 @@
-"""Images over real HTTP: the token stays with Label Studio, and no image takes too much."""
+"""Images over real HTTP: where the token is sent, the limits of size and time, the errors."""
 
 from __future__ import annotations
 
 import base64
 import gzip
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
@@ -14,7 +13,8 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from ml_backend.label_studio.client import LabelStudioClient
-from ml_backend.label_studio.images import DiskCache, ImageSource, ImageUnavailable
+from ml_backend.label_studio.disk_cache import DiskCache
+from ml_backend.label_studio.images import ImageSource, ImageUnavailable
 from tests import image_host as host
 from tests.image_host import CONTENT, Answer, Handler, ImageHost, image_host
 
@@ -69,7 +69,7 @@ def _source(
 # Where the token goes
 
 
-def test_an_upload_is_read_from_label_studio_with_the_token(
+def test_fetch_upload_is_requested_from_label_studio_with_the_token(
     studio: ImageHost, cache: DiskCache
 ) -> None:
     studio.answers["/data/upload/1/a.png"] = host.sent()
@@ -77,7 +77,7 @@ def test_an_upload_is_read_from_label_studio_with_the_token(
     assert studio.seen == [("/data/upload/1/a.png", f"Token {TOKEN}")]
 
 
-def test_local_files_are_read_from_label_studio_with_the_token(
+def test_fetch_local_file_is_requested_from_label_studio_with_the_token(
     studio: ImageHost, cache: DiskCache
 ) -> None:
     studio.answers["/data/local-files/"] = host.sent()
@@ -87,7 +87,7 @@ def test_local_files_are_read_from_label_studio_with_the_token(
 
 
 @pytest.mark.parametrize("scheme", ["s3", "gs", "azure-blob"])
-def test_cloud_storage_is_read_by_way_of_the_task(
+def test_fetch_cloud_storage_is_resolved_by_label_studio_for_the_task(
     scheme: str, studio: ImageHost, elsewhere: ImageHost, cache: DiskCache
 ) -> None:
     # Ends in ÿ?>, whose base64 holds characters that mean something else in an address.
@@ -102,7 +102,7 @@ def test_cloud_storage_is_read_by_way_of_the_task(
     assert elsewhere.seen == [("/signed?X-Signature=abc", None)]
 
 
-def test_cloud_storage_without_a_task_is_refused_without_a_request(
+def test_fetch_cloud_storage_without_a_task_fails_without_a_request(
     studio: ImageHost, cache: DiskCache
 ) -> None:
     with pytest.raises(ImageUnavailable, match="task"):
@@ -110,7 +110,7 @@ def test_cloud_storage_without_a_task_is_refused_without_a_request(
     assert studio.seen == []
 
 
-def test_another_hosts_image_is_read_as_it_is_without_the_token(
+def test_fetch_other_host_is_requested_without_the_token(
     studio: ImageHost, elsewhere: ImageHost, cache: DiskCache
 ) -> None:
     elsewhere.answers["/pictures/a.png"] = host.sent()
@@ -120,7 +120,7 @@ def test_another_hosts_image_is_read_as_it_is_without_the_token(
     assert studio.seen == []
 
 
-def test_label_studios_own_whole_address_gets_the_token(
+def test_fetch_whole_address_of_label_studio_is_requested_with_the_token(
     studio: ImageHost, cache: DiskCache
 ) -> None:
     studio.answers["/data/upload/1/a.png"] = host.sent()
@@ -129,7 +129,7 @@ def test_label_studios_own_whole_address_gets_the_token(
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_the_token_stays_behind_where_label_studio_redirects_elsewhere(
+def test_fetch_redirect_to_another_host_drops_the_token(
     status: int, studio: ImageHost, elsewhere: ImageHost, cache: DiskCache
 ) -> None:
     studio.answers["/data/upload/a.png"] = host.redirect(f"{elsewhere.url}/a.png", status)
@@ -139,7 +139,7 @@ def test_the_token_stays_behind_where_label_studio_redirects_elsewhere(
     assert elsewhere.tokens == [None]
 
 
-def test_the_same_machine_under_another_name_is_another_host(
+def test_fetch_other_name_of_the_same_machine_gets_no_token(
     studio: ImageHost, cache: DiskCache
 ) -> None:
     path = "/data/upload/a.png"
@@ -149,7 +149,7 @@ def test_the_same_machine_under_another_name_is_another_host(
     assert studio.tokens == [f"Token {TOKEN}", None]
 
 
-def test_the_token_goes_along_where_label_studio_redirects_to_itself(
+def test_fetch_redirect_to_label_studio_itself_keeps_the_token(
     studio: ImageHost, cache: DiskCache
 ) -> None:
     studio.answers["/data/a.png"] = host.redirect("../files/b.png")
@@ -161,7 +161,7 @@ def test_the_token_goes_along_where_label_studio_redirects_to_itself(
     ]
 
 
-def test_a_host_that_another_sends_us_back_from_gets_no_token_of_its_own_choice(
+def test_fetch_redirect_back_to_label_studio_from_another_host_gets_no_token(
     studio: ImageHost, elsewhere: ImageHost, cache: DiskCache
 ) -> None:
     elsewhere.answers["/a.png"] = host.redirect(f"{studio.url}/data/b.png")
@@ -180,7 +180,7 @@ def test_a_host_that_another_sends_us_back_from_gets_no_token_of_its_own_choice(
         "http://127.0.0.1:{other}?@127.0.0.1:{own}/a.png",
     ],
 )
-def test_an_address_that_can_be_read_in_two_ways_gets_no_token_to_another_host(
+def test_fetch_ambiguous_address_sends_no_token_to_another_host(
     address: str, studio: ImageHost, elsewhere: ImageHost, cache: DiskCache
 ) -> None:
     value = address.format(own=studio.server_port, other=elsewhere.server_port)
@@ -192,7 +192,7 @@ def test_an_address_that_can_be_read_in_two_ways_gets_no_token_to_another_host(
     assert elsewhere.tokens == [None, None]
 
 
-def test_no_credentials_come_from_a_netrc_file(
+def test_fetch_credentials_in_netrc_are_not_used(
     studio: ImageHost,
     elsewhere: ImageHost,
     cache: DiskCache,
@@ -224,7 +224,7 @@ def test_no_credentials_come_from_a_netrc_file(
         ("/studio/", "/studio/data/upload/a.png"),
     ],
 )
-def test_under_a_sub_path_uploads_are_found_with_and_without_it(
+def test_fetch_upload_under_a_sub_path_is_found_with_and_without_it(
     base: str, value: str, studio: ImageHost, cache: DiskCache
 ) -> None:
     studio.answers["/studio/data/upload/a.png"] = host.sent()
@@ -232,14 +232,14 @@ def test_under_a_sub_path_uploads_are_found_with_and_without_it(
     assert studio.seen == [("/studio/data/upload/a.png", f"Token {TOKEN}")]
 
 
-def test_a_sub_path_is_not_cut_off_where_a_folder_only_begins_like_it(
+def test_fetch_folder_that_begins_like_the_sub_path_is_not_shortened(
     studio: ImageHost, cache: DiskCache
 ) -> None:
     studio.answers["/data/database/a.png"] = host.sent()
     assert _source(f"{studio.url}/data", cache).fetch(1, "/database/a.png") == CONTENT
 
 
-def test_cloud_storage_under_a_sub_path_is_resolved_there(
+def test_fetch_cloud_storage_under_a_sub_path_is_resolved_below_it(
     studio: ImageHost, cache: DiskCache
 ) -> None:
     studio.answers["/studio/tasks/7/resolve/"] = host.sent()
@@ -248,7 +248,7 @@ def test_cloud_storage_under_a_sub_path_is_resolved_there(
 
 
 @pytest.mark.parametrize("value", ["/data/upload/a.png", "s3://bucket/a.png"])
-def test_without_label_studios_address_the_settings_to_make_are_named(
+def test_fetch_without_label_studios_address_error_names_the_settings(
     value: str, cache: DiskCache
 ) -> None:
     with pytest.raises(ImageUnavailable) as caught:
@@ -273,7 +273,7 @@ def test_without_label_studios_address_the_settings_to_make_are_named(
         "http://127.0.0.1/\ud800.png",
     ],
 )
-def test_what_is_no_address_is_unavailable_and_nothing_worse(
+def test_fetch_invalid_address_raises_image_unavailable(
     value: str, studio: ImageHost, cache: DiskCache
 ) -> None:
     with pytest.raises(ImageUnavailable):
@@ -305,7 +305,7 @@ BROWSERS = "http://label-studio.example:8080"
         ("", BROWSERS, f"{BROWSERS}/data/upload/../upload/a.png", "/data/upload/a.png"),
     ],
 )
-def test_what_label_studio_serves_is_read_from_it_under_our_address(
+def test_fetch_file_under_another_address_of_label_studio_uses_the_known_one(
     base: str, browsers: str, value: str, path: str | None, studio: ImageHost, cache: DiskCache
 ) -> None:
     path = path or urlsplit(value).path
@@ -325,7 +325,7 @@ def test_what_label_studio_serves_is_read_from_it_under_our_address(
         "/pictures/a.png?x=/data/upload/a.png",
     ],
 )
-def test_other_files_of_that_host_are_read_there_without_the_token(
+def test_fetch_other_files_of_that_host_are_requested_there_without_the_token(
     path: str, studio: ImageHost, elsewhere: ImageHost, cache: DiskCache
 ) -> None:
     elsewhere.answers["/pictures/a.png"] = elsewhere.answers["/other/data/upload/a.png"] = (
@@ -346,7 +346,7 @@ def test_other_files_of_that_host_are_read_there_without_the_token(
         "http://label-studio.example:8080@127.0.0.1:{other}/data/upload/a.png",
     ],
 )
-def test_the_same_path_at_another_host_is_its_own_and_gets_no_token(
+def test_fetch_same_path_at_another_host_gets_no_token(
     address: str, studio: ImageHost, elsewhere: ImageHost, cache: DiskCache
 ) -> None:
     elsewhere.answers["/data/upload/a.png"] = host.sent()
@@ -365,7 +365,7 @@ def _data(content: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 
-def test_an_inline_image_is_decoded(cache: DiskCache) -> None:
+def test_fetch_inline_image_gives_its_content(cache: DiskCache) -> None:
     assert _source(None, cache).fetch(None, _data(CONTENT)) == CONTENT
     assert _source(None, cache).fetch(None, "data:image/svg+xml,%3Csvg%2F%3E") == b"<svg/>"
 
@@ -381,12 +381,12 @@ def test_an_inline_image_is_decoded(cache: DiskCache) -> None:
         "data:,",
     ],
 )
-def test_a_damaged_inline_image_is_refused(value: str, cache: DiskCache) -> None:
+def test_fetch_damaged_inline_image_raises_image_unavailable(value: str, cache: DiskCache) -> None:
     with pytest.raises(ImageUnavailable, match="data:"):
         _source(None, cache).fetch(1, value)
 
 
-def test_an_inline_image_has_the_same_limit_as_others(cache: DiskCache) -> None:
+def test_fetch_inline_image_above_the_size_limit_fails(cache: DiskCache) -> None:
     source = _source(None, cache, max_bytes=1000)
     assert source.fetch(1, _data(b"x" * 1000)) == b"x" * 1000
     with pytest.raises(ImageUnavailable, match="1,000"):
@@ -397,7 +397,7 @@ def test_an_inline_image_has_the_same_limit_as_others(cache: DiskCache) -> None:
 
 
 @pytest.mark.parametrize("answer", [host.sent, host.until_closed], ids=["with a length", "without"])
-def test_an_image_of_just_the_limit_is_read_and_a_larger_one_refused(
+def test_fetch_image_at_the_size_limit_is_read_and_above_it_fails(
     answer: Callable[[bytes], Answer], studio: ImageHost, cache: DiskCache
 ) -> None:
     source = _source(studio.url, cache, max_bytes=200_000)
@@ -410,13 +410,15 @@ def test_an_image_of_just_the_limit_is_read_and_a_larger_one_refused(
     assert "ML_BACKEND_IMAGE_MAX_BYTES" in str(caught.value)
 
 
-def test_an_endless_answer_is_refused_at_the_limit(studio: ImageHost, cache: DiskCache) -> None:
+def test_fetch_endless_answer_fails_at_the_size_limit(studio: ImageHost, cache: DiskCache) -> None:
     studio.answers["/a.png"] = host.endless
     with pytest.raises(ImageUnavailable, match="ML_BACKEND_IMAGE_MAX_BYTES"):
         _source(studio.url, cache, max_bytes=1_000_000, timeout=30).fetch(1, "/a.png")
 
 
-def test_what_is_unpacked_counts_and_not_what_is_sent(studio: ImageHost, cache: DiskCache) -> None:
+def test_fetch_compressed_answer_is_limited_by_its_unpacked_size(
+    studio: ImageHost, cache: DiskCache
+) -> None:
     studio.answers["/fits.png"] = host.sent(gzip.compress(CONTENT), Content_Encoding="gzip")
     studio.answers["/bomb.png"] = host.sent(gzip.compress(bytes(10**7)), Content_Encoding="gzip")
     source = _source(studio.url, cache)
@@ -425,7 +427,7 @@ def test_what_is_unpacked_counts_and_not_what_is_sent(studio: ImageHost, cache: 
         source.fetch(1, "/bomb.png")
 
 
-def test_an_address_makes_one_line_and_what_a_cloud_signed_is_not_shown(
+def test_fetch_error_shows_the_address_in_one_line_without_a_signature(
     studio: ImageHost, cache: DiskCache
 ) -> None:
     source = _source(studio.url, cache)
@@ -442,7 +444,7 @@ def test_an_address_makes_one_line_and_what_a_cloud_signed_is_not_shown(
 
 @pytest.mark.parametrize("where", ["/head", "/more heads", "/chunk", "/trailer"])
 @pytest.mark.parametrize("proxied", [False, True])
-def test_a_drip_at_any_place_is_given_up_within_the_timeout(
+def test_fetch_slow_bytes_at_any_place_fail_at_the_timeout(
     where: str,
     proxied: bool,
     studio: ImageHost,
@@ -474,7 +476,7 @@ def test_a_drip_at_any_place_is_given_up_within_the_timeout(
 
 
 @pytest.mark.parametrize("answer", [host.drip, host.stall, host.silence])
-def test_a_slow_image_is_given_up_within_the_timeout(
+def test_fetch_slow_image_fails_at_the_timeout(
     answer: Answer, studio: ImageHost, cache: DiskCache
 ) -> None:
     studio.answers["/slow.png"] = answer
@@ -485,7 +487,7 @@ def test_a_slow_image_is_given_up_within_the_timeout(
     assert time.monotonic() - begun < 10
 
 
-def test_the_timeout_holds_for_all_redirects_together(studio: ImageHost, cache: DiskCache) -> None:
+def test_fetch_timeout_includes_all_redirects(studio: ImageHost, cache: DiskCache) -> None:
     def slowly(handler: Handler) -> None:
         handler.server.closing.wait(0.6)
         host.redirect("/next.png")(handler)
@@ -523,7 +525,7 @@ def _hung_up(handler: Handler) -> None:
     [_broken_off, _broken_chunks, _hung_up, host.sent(b"no gzip", Content_Encoding="gzip")],
     ids=["broken off", "broken chunks", "hung up", "wrongly packed"],
 )
-def test_half_an_image_is_none_and_is_not_kept(
+def test_fetch_incomplete_answer_fails_and_is_not_cached(
     answer: Answer, studio: ImageHost, cache: DiskCache
 ) -> None:
     source = _source(studio.url, cache)
@@ -534,7 +536,9 @@ def test_half_an_image_is_none_and_is_not_kept(
     assert source.fetch(1, "/a.png") == CONTENT
 
 
-def test_a_redirect_loop_ends(studio: ImageHost, elsewhere: ImageHost, cache: DiskCache) -> None:
+def test_fetch_redirect_loop_fails(
+    studio: ImageHost, elsewhere: ImageHost, cache: DiskCache
+) -> None:
     studio.answers["/a.png"] = host.redirect(f"{elsewhere.url}/b.png")
     elsewhere.answers["/b.png"] = host.redirect(f"{studio.url}/a.png")
     with pytest.raises(ImageUnavailable, match="redirected more than"):
@@ -544,7 +548,7 @@ def test_a_redirect_loop_ends(studio: ImageHost, elsewhere: ImageHost, cache: Di
 
 
 @pytest.mark.parametrize("location", ["file:///etc/hostname", "ftp://127.0.0.1/a", "http://["])
-def test_a_redirect_to_what_is_no_web_address_is_not_followed(
+def test_fetch_redirect_to_another_scheme_is_not_followed(
     location: str, studio: ImageHost, cache: DiskCache
 ) -> None:
     studio.answers["/a.png"] = host.redirect(location)
@@ -570,7 +574,7 @@ def test_a_redirect_to_what_is_no_web_address_is_not_followed(
         ("/data/local-files/?d=a.png", 403, ["local storage"]),
     ],
 )
-def test_a_refusal_by_label_studio_says_what_to_do(
+def test_fetch_error_status_of_label_studio_names_the_remedy(
     path: str, status: int, advice: list[str], studio: ImageHost, cache: DiskCache
 ) -> None:
     studio.answers[urlsplit(path).path] = host.empty(status)
@@ -581,7 +585,7 @@ def test_a_refusal_by_label_studio_says_what_to_do(
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 500])
-def test_a_refusal_by_another_host_asks_for_access_without_a_login(
+def test_fetch_error_status_of_another_host_asks_for_access_without_a_login(
     status: int, studio: ImageHost, elsewhere: ImageHost, cache: DiskCache
 ) -> None:
     elsewhere.answers["/a.png"] = host.empty(status)
@@ -592,14 +596,16 @@ def test_a_refusal_by_another_host_asks_for_access_without_a_login(
     assert elsewhere.tokens == [None]
 
 
-def test_a_refusal_without_a_token_names_the_settings(studio: ImageHost, cache: DiskCache) -> None:
+def test_fetch_error_status_without_a_token_names_the_settings(
+    studio: ImageHost, cache: DiskCache
+) -> None:
     studio.answers["/data/upload/a.png"] = host.empty(401)
     with pytest.raises(ImageUnavailable, match="LABEL_STUDIO_API_KEY"):
         _source(studio.url, cache, token=None).fetch(1, "/data/upload/a.png")
     assert studio.tokens == [None]
 
 
-def test_a_token_that_has_just_run_out_is_tried_once_more(
+def test_fetch_expired_token_is_refreshed_and_tried_once_more(
     studio: ImageHost, cache: DiskCache
 ) -> None:
     def answer(handler: Handler) -> None:
@@ -614,7 +620,7 @@ def test_a_token_that_has_just_run_out_is_tried_once_more(
     "path",
     ["/user/logout/", "/api/current-user/token", "/data/upload/../../api/projects/1/", "/data"],
 )
-def test_nothing_but_images_is_asked_for_in_the_name_of_the_tokens_user(
+def test_fetch_other_paths_of_label_studio_get_no_token(
     path: str, studio: ImageHost, elsewhere: ImageHost, cache: DiskCache
 ) -> None:
     elsewhere.answers["/back"] = host.redirect(f"{studio.url}{path}")
@@ -625,7 +631,7 @@ def test_nothing_but_images_is_asked_for_in_the_name_of_the_tokens_user(
     assert studio.tokens == [None] * 3
 
 
-def test_a_host_that_nothing_answers_at_is_named(
+def test_fetch_unreachable_host_error_names_it(
     make_server: Callable[[], ImageHost], cache: DiskCache
 ) -> None:
     gone = make_server()
@@ -636,7 +642,7 @@ def test_a_host_that_nothing_answers_at_is_named(
     assert gone.url in str(caught.value)
 
 
-def test_no_text_holds_the_token(studio: ImageHost, cache: DiskCache) -> None:
+def test_fetch_errors_never_contain_the_token(studio: ImageHost, cache: DiskCache) -> None:
     studio.answers["/data/drop.png"] = _hung_up
     for path in ("/data/missing.png", "/data/drop.png"):
         with pytest.raises(ImageUnavailable) as caught:
@@ -645,7 +651,7 @@ def test_no_text_holds_the_token(studio: ImageHost, cache: DiskCache) -> None:
 
 
 @pytest.mark.parametrize("token", ["geheim…", "geheim\r\nX-Other: a", "geheim\x00"])
-def test_what_cannot_be_a_token_is_named_and_neither_sent_nor_shown(
+def test_fetch_malformed_token_is_reported_and_neither_sent_nor_shown(
     token: str, studio: ImageHost, cache: DiskCache
 ) -> None:
     with pytest.raises(ImageUnavailable, match="LABEL_STUDIO_API_KEY") as caught:
@@ -657,7 +663,7 @@ def test_what_cannot_be_a_token_is_named_and_neither_sent_nor_shown(
 # The cache
 
 
-def test_an_image_is_read_once_and_kept_for_a_later_start(
+def test_fetch_second_time_reads_the_cache_also_after_a_restart(
     studio: ImageHost, tmp_path: Path
 ) -> None:
     studio.answers["/a.png"] = host.sent()
@@ -668,7 +674,7 @@ def test_an_image_is_read_once_and_kept_for_a_later_start(
     assert len(studio.seen) == 1
 
 
-def test_two_label_studios_do_not_share_an_upload(
+def test_fetch_same_upload_of_two_label_studios_is_cached_separately(
     studio: ImageHost, elsewhere: ImageHost, cache: DiskCache
 ) -> None:
     studio.answers["/data/upload/1/a.png"] = host.sent(b"one")
@@ -677,7 +683,7 @@ def test_two_label_studios_do_not_share_an_upload(
     assert _source(elsewhere.url, cache).fetch(1, "/data/upload/1/a.png") == b"two"
 
 
-def test_a_refusal_is_not_kept(studio: ImageHost, cache: DiskCache) -> None:
+def test_fetch_error_is_not_cached(studio: ImageHost, cache: DiskCache) -> None:
     source = _source(studio.url, cache)
     with pytest.raises(ImageUnavailable):
         source.fetch(1, "/a.png")
@@ -685,7 +691,7 @@ def test_a_refusal_is_not_kept(studio: ImageHost, cache: DiskCache) -> None:
     assert source.fetch(1, "/a.png") == CONTENT
 
 
-def test_a_size_of_nothing_turns_the_cache_off(studio: ImageHost, tmp_path: Path) -> None:
+def test_fetch_cache_limit_of_zero_stores_nothing(studio: ImageHost, tmp_path: Path) -> None:
     studio.answers["/a.png"] = host.sent()
     source = _source(studio.url, DiskCache(tmp_path / "images", 0))
     assert source.fetch(1, "/a.png") == CONTENT
@@ -694,67 +700,7 @@ def test_a_size_of_nothing_turns_the_cache_off(studio: ImageHost, tmp_path: Path
     assert not (tmp_path / "images").exists()
 
 
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def test_the_cache_never_outgrows_its_size(tmp_path: Path) -> None:
-    cache = DiskCache(tmp_path, 10_000)
-    for number in range(100):
-        cache.put(f"image {number}", bytes(700))
-        assert _size(tmp_path) <= 10_000
-    assert cache.get("image 99") == bytes(700)
-    # It is used, too, and not emptied each time.
-    assert _size(tmp_path) > 5_000
-
-
-def test_two_processes_that_share_a_cache_keep_it_near_its_size(tmp_path: Path) -> None:
-    caches = [DiskCache(tmp_path, 10_000) for _ in range(2)]
-    for number in range(100):
-        caches[number % 2].put(f"image {number}", bytes(300))
-        assert _size(tmp_path) <= 12_000
-
-
-def test_what_an_earlier_start_left_counts(tmp_path: Path) -> None:
-    earlier = DiskCache(tmp_path, 100_000)
-    for number in range(20):
-        earlier.put(f"image {number}", bytes(1_000))
-    DiskCache(tmp_path, 5_000).put("new", bytes(1_000))
-    assert _size(tmp_path) <= 5_000
-
-
-def test_what_was_used_longest_ago_goes_first(tmp_path: Path) -> None:
-    cache = DiskCache(tmp_path, 10_000)
-    for number in range(9):
-        cache.put(f"image {number}", bytes(1_000))
-        time.sleep(0.02)
-    for number in range(3):
-        assert cache.get(f"image {number}") == bytes(1_000)
-    time.sleep(0.02)
-    for number in range(9, 12):
-        cache.put(f"image {number}", bytes(1_000))
-    kept = {number for number in range(12) if cache.get(f"image {number}") is not None}
-    assert kept >= {0, 1, 2, 9, 10, 11}
-    assert kept.isdisjoint({3, 4})
-
-
-def test_an_image_larger_than_the_cache_is_not_kept_and_drives_nothing_out(tmp_path: Path) -> None:
-    cache = DiskCache(tmp_path, 1_000)
-    cache.put("small", bytes(500))
-    cache.put("large", bytes(1_001))
-    assert cache.get("large") is None
-    assert cache.get("small") == bytes(500)
-
-
-def test_a_key_put_again_holds_the_new_content(tmp_path: Path) -> None:
-    cache = DiskCache(tmp_path, 1_000)
-    cache.put("a", b"old")
-    cache.put("a", b"new")
-    assert cache.get("a") == b"new"
-    assert cache.get("b") is None
-
-
-def test_where_nothing_can_be_written_images_are_still_read(
+def test_fetch_cache_folder_not_writable_still_reads_images(
     studio: ImageHost, tmp_path: Path
 ) -> None:
     in_the_way = tmp_path / "images"
@@ -764,24 +710,3 @@ def test_where_nothing_can_be_written_images_are_still_read(
     assert source.fetch(1, "/a.png") == CONTENT
     assert source.fetch(1, "/a.png") == CONTENT
     assert len(studio.seen) == 2
-
-
-def test_threads_that_share_a_cache_read_whole_images_only(tmp_path: Path) -> None:
-    cache = DiskCache(tmp_path, 50_000)
-    damaged: list[str] = []
-
-    def work(seed: int) -> None:
-        for step in range(60):
-            letter = chr(ord("a") + (seed * 7 + step) % 20)
-            found = cache.get(letter)
-            if found is not None and found != letter.encode() * 5_000:
-                damaged.append(letter)
-            cache.put(letter, letter.encode() * 5_000)
-
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert damaged == []
-    assert _size(tmp_path) <= 50_000

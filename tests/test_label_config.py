@@ -1,13 +1,14 @@
-"""Label configs: which controls draw boxes, on which images, and what an admin reads otherwise."""
+"""Label configs: their controls, labels and thresholds, and the errors of invalid ones."""
 
 from __future__ import annotations
 
 import pytest
 
+from ml_backend.label_studio.controls.base import Label
+from ml_backend.label_studio.controls.rectangle import Rectangle
+from ml_backend.label_studio.controls.rectangle_labels import RectangleLabels
 from ml_backend.label_studio.label_config import (
-    BoxControl,
     InvalidLabelConfig,
-    Label,
     LabelConfigError,
     NothingToDetect,
     match_labels,
@@ -25,13 +26,11 @@ def _rectangle_labels(labels: str, attributes: str = "") -> str:
     )
 
 
-def test_the_config_that_label_studio_sent_is_read() -> None:
+def test_parse_recorded_setup_gives_its_control() -> None:
     config = parse_label_config(capture("POST_setup")["schema"])
     assert config.controls == (
-        BoxControl(
-            kind="rectanglelabels",
+        RectangleLabels(
             from_name="label",
-            labels_from_name="label",
             to_name="image",
             data_key="image",
             labels=(Label("RBC"), Label("WBC"), Label("Platelets")),
@@ -40,7 +39,7 @@ def test_the_config_that_label_studio_sent_is_read() -> None:
     assert config.labels == ("RBC", "WBC", "Platelets")
 
 
-def test_a_rectangle_takes_its_labels_from_the_labels_control_of_its_image() -> None:
+def test_parse_rectangle_takes_the_labels_of_the_labels_tag_on_its_image() -> None:
     config = parse_label_config(
         '<View><Image name="photo" value="$picture"/><Image name="other" value="$second"/>'
         '<Labels name="elsewhere" toName="other"><Label value="wrong"/></Labels>'
@@ -49,8 +48,7 @@ def test_a_rectangle_takes_its_labels_from_the_labels_control_of_its_image() -> 
         "</View>"
     )
     assert config.controls == (
-        BoxControl(
-            kind="rectangle+labels",
+        Rectangle(
             from_name="box",
             labels_from_name="kind",
             to_name="photo",
@@ -60,7 +58,7 @@ def test_a_rectangle_takes_its_labels_from_the_labels_control_of_its_image() -> 
     )
 
 
-def test_several_controls_and_images_are_all_found_and_grouped_by_the_tasks_field() -> None:
+def test_parse_several_controls_and_images_groups_controls_by_data_field() -> None:
     config = parse_label_config(
         '<View><Image name="left" value="$left_image"/><Image name="right" value="$right_image"/>'
         '<RectangleLabels name="cars" toName="left"><Label value="car"/></RectangleLabels>'
@@ -77,7 +75,7 @@ def test_several_controls_and_images_are_all_found_and_grouped_by_the_tasks_fiel
     assert config.labels == ("car", "person", "sign")
 
 
-def test_a_control_for_two_images_counts_for_each() -> None:
+def test_parse_control_with_two_images_gives_a_control_for_each() -> None:
     config = parse_label_config(
         '<View><Image name="a" value="$first"/><Image name="b" value="$second"/>'
         '<RectangleLabels name="label" toName="a,b"><Label value="car"/></RectangleLabels></View>'
@@ -85,7 +83,7 @@ def test_a_control_for_two_images_counts_for_each() -> None:
     assert [(c.to_name, c.data_key) for c in config.controls] == [("a", "first"), ("b", "second")]
 
 
-def test_tags_around_and_comments_between_do_not_matter() -> None:
+def test_parse_other_tags_and_comments_are_ignored() -> None:
     config = parse_label_config(
         f'<View><Header value="Find the cells"/><View style="display:flex">{IMAGE}</View>'
         '<!-- cells --><RectangleLabels name="label" toName="image"><!-- red --><View>'
@@ -94,7 +92,7 @@ def test_tags_around_and_comments_between_do_not_matter() -> None:
     assert config.labels == ("RBC",)
 
 
-def test_an_alias_stands_in_results_instead_of_the_value() -> None:
+def test_parse_label_with_an_alias_is_named_by_it_in_results() -> None:
     config = parse_label_config(
         _rectangle_labels('<Label value="Red blood cell" alias="rbc"/><Label value="WBC"/>')
     )
@@ -103,16 +101,16 @@ def test_an_alias_stands_in_results_instead_of_the_value() -> None:
     assert config.labels == ("rbc", "WBC")
 
 
-def test_a_label_with_an_alias_alone_is_known_by_it() -> None:
+def test_parse_label_without_a_value_is_named_by_its_alias() -> None:
     assert parse_label_config(_rectangle_labels('<Label alias="rbc"/>')).labels == ("rbc",)
 
 
-def test_labels_without_any_name_are_passed_over() -> None:
+def test_parse_label_without_value_and_alias_is_left_out() -> None:
     config = parse_label_config(_rectangle_labels('<Label/><Label value=""/><Label value="RBC"/>'))
     assert config.labels == ("RBC",)
 
 
-def test_predicted_values_are_split_at_commas_and_trimmed() -> None:
+def test_parse_predicted_values_are_split_at_commas_and_trimmed() -> None:
     config = parse_label_config(
         _rectangle_labels('<Label value="vehicle" predicted_values=" car, truck ,,fire hydrant"/>')
     )
@@ -122,14 +120,14 @@ def test_predicted_values_are_split_at_commas_and_trimmed() -> None:
 @pytest.mark.parametrize(
     ("text", "value"), [("0", 0.0), ("0.35", 0.35), ("1", 1.0), ("1e-2", 0.01)]
 )
-def test_a_score_threshold_is_read(text: str, value: float) -> None:
+def test_parse_score_threshold_is_read(text: str, value: float) -> None:
     config = parse_label_config(
         _rectangle_labels('<Label value="a"/>', f'model_score_threshold="{text}"')
     )
     assert config.controls[0].score_threshold == value
 
 
-def test_without_a_score_threshold_there_is_none() -> None:
+def test_parse_missing_score_threshold_gives_none() -> None:
     config = parse_label_config(_rectangle_labels('<Label value="a"/>'))
     assert config.controls[0].score_threshold is None
 
@@ -142,7 +140,7 @@ def test_without_a_score_threshold_there_is_none() -> None:
         ('model_score_threshold="0.2"', 'model_score_threshold="0.4"', 0.2),
     ],
 )
-def test_a_rectangles_threshold_may_stand_on_either_control_and_its_own_wins(
+def test_parse_rectangle_threshold_on_either_tag_its_own_has_priority(
     on_rectangle: str, on_labels: str, expected: float
 ) -> None:
     config = parse_label_config(
@@ -153,7 +151,7 @@ def test_a_rectangles_threshold_may_stand_on_either_control_and_its_own_wins(
 
 
 @pytest.mark.parametrize("text", ["-0.1", "1.01", "50", "50%", "high", "", "nan", "inf", "0,5"])
-def test_a_wrong_score_threshold_is_named_with_its_control(text: str) -> None:
+def test_parse_invalid_score_threshold_error_names_it_and_its_control(text: str) -> None:
     with pytest.raises(InvalidLabelConfig) as caught:
         parse_label_config(
             _rectangle_labels('<Label value="a"/>', f'model_score_threshold="{text}"')
@@ -162,7 +160,7 @@ def test_a_wrong_score_threshold_is_named_with_its_control(text: str) -> None:
         assert part in str(caught.value)
 
 
-def test_labels_match_a_detectors_classes_by_value_alias_and_predicted_values() -> None:
+def test_match_labels_by_value_alias_and_predicted_values() -> None:
     config = parse_label_config(
         _rectangle_labels(
             '<Label value="CAR"/>'
@@ -182,7 +180,7 @@ def test_labels_match_a_detectors_classes_by_value_alias_and_predicted_values() 
     assert match.suggestions == {}
 
 
-def test_labels_that_no_class_means_are_told_with_a_similar_name_where_there_is_one() -> None:
+def test_match_labels_unknown_label_is_listed_with_a_similar_class() -> None:
     config = parse_label_config(
         _rectangle_labels(
             '<Label value="car"/><Label value="Motorcicle"/><Label value="Platelets"/>'
@@ -196,7 +194,7 @@ def test_labels_that_no_class_means_are_told_with_a_similar_name_where_there_is_
     assert match.suggestions == {"Motorcicle": "Motorcycle"}
 
 
-def test_a_mistaken_predicted_value_is_told_though_another_one_is_known() -> None:
+def test_match_labels_unknown_predicted_value_is_listed_beside_known_ones() -> None:
     config = parse_label_config(
         _rectangle_labels('<Label value="Vehicle" predicted_values="car,trukc"/>')
     )
@@ -245,7 +243,7 @@ def test_a_mistaken_predicted_value_is_told_though_another_one_is_known() -> Non
         "an image that is no field",
     ],
 )
-def test_a_config_with_nothing_to_detect_says_what_is_needed(xml: str) -> None:
+def test_parse_config_without_a_usable_control_error_lists_the_tags_needed(xml: str) -> None:
     with pytest.raises(NothingToDetect) as caught:
         parse_label_config(xml)
     for part in ("<RectangleLabels>", "<Label>", "<Rectangle>", "<Labels>", "toName", "<Image"):
@@ -253,7 +251,7 @@ def test_a_config_with_nothing_to_detect_says_what_is_needed(xml: str) -> None:
 
 
 @pytest.mark.parametrize("xml", ["", "  \n\t"])
-def test_an_empty_config_is_called_empty(xml: str) -> None:
+def test_parse_empty_config_error_says_empty(xml: str) -> None:
     with pytest.raises(InvalidLabelConfig, match="empty"):
         parse_label_config(xml)
 
@@ -272,12 +270,12 @@ def test_an_empty_config_is_called_empty(xml: str) -> None:
         '{"label": "config"}',
     ],
 )
-def test_what_is_no_xml_is_called_invalid(xml: str) -> None:
+def test_parse_invalid_xml_error_says_invalid(xml: str) -> None:
     with pytest.raises(InvalidLabelConfig, match="not valid XML"):
         parse_label_config(xml)
 
 
-def test_very_deep_nesting_is_refused_and_does_not_crash() -> None:
+def test_parse_very_deep_nesting_is_an_error() -> None:
     with pytest.raises(LabelConfigError):
         parse_label_config("<View>" * 3000 + "</View>" * 3000)
 
@@ -301,6 +299,6 @@ def _bomb() -> str:
     ],
     ids=["bomb", "document type", "external document type", "file", "parameter entity"],
 )
-def test_document_types_and_entities_are_refused(xml: str) -> None:
+def test_parse_document_type_or_entities_are_an_error(xml: str) -> None:
     with pytest.raises(InvalidLabelConfig, match="document type or entities"):
         parse_label_config(xml)

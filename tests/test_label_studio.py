@@ -64,7 +64,7 @@ def _project(
     return project, {tasks[image.name]: image for image in images}
 
 
-def test_either_kind_of_token_is_taken(
+def test_client_legacy_and_personal_tokens_are_accepted(
     client: LabelStudioClient, label_studio: LabelStudioServer
 ) -> None:
     assert client.version() == "1.23.2"
@@ -83,7 +83,7 @@ def test_either_kind_of_token_is_taken(
 
 
 @pytest.mark.parametrize("token", ["0" * 40, "aaaa.bbbb.cccc", "no token"])
-def test_a_wrong_token_is_named_with_what_to_do(
+def test_client_wrong_token_error_names_the_remedy(
     label_studio: LabelStudioServer, token: str
 ) -> None:
     client = LabelStudioClient(label_studio.url, token)
@@ -93,14 +93,14 @@ def test_a_wrong_token_is_named_with_what_to_do(
     assert token not in str(caught.value)
 
 
-def test_an_address_where_nothing_answers_is_named() -> None:
+def test_client_unreachable_address_error_names_the_setting() -> None:
     client = LabelStudioClient(f"http://127.0.0.1:{free_port()}", "0" * 40)
     with pytest.raises(Unreachable, match="LABEL_STUDIO_URL"):
         client.whoami()
 
 
 @pytest.mark.parametrize("how", ["500", "HTML"])
-def test_a_token_that_cannot_be_exchanged_now_is_not_called_wrong(
+def test_client_failing_token_exchange_is_not_reported_as_a_wrong_token(
     label_studio: LabelStudioServer, personal_token: str, how: str
 ) -> None:
     proxy = Proxy(label_studio.port)
@@ -136,7 +136,7 @@ def _answering(status: int, body: bytes, **headers: str) -> Iterator[str]:
     server.shutdown()
 
 
-def test_what_is_not_label_studio_is_recognised() -> None:
+def test_client_answers_of_another_server_raise_bad_answer_or_failed() -> None:
     page = _answering(200, b"<html>login</html>", Content_Type="text/html")
     with page as url, pytest.raises(BadAnswer, match="text/html instead of JSON"):
         LabelStudioClient(url, "0" * 40).whoami()
@@ -147,13 +147,15 @@ def test_what_is_not_label_studio_is_recognised() -> None:
         LabelStudioClient(url, "0" * 40).whoami()
 
 
-def test_a_project_that_is_not_there_is_named(label_studio: LabelStudioServer) -> None:
+def test_client_missing_project_error_names_it(label_studio: LabelStudioServer) -> None:
     client = LabelStudioClient(label_studio.url, label_studio.login.token)
     with pytest.raises(NotFound, match="/api/projects/999999"):
         client.project(999999)
 
 
-def test_predictions_go_in_though_a_task_is_gone(label_studio: LabelStudioServer) -> None:
+def test_import_predictions_deleted_task_does_not_stop_the_others(
+    label_studio: LabelStudioServer,
+) -> None:
     client = LabelStudioClient(label_studio.url, label_studio.login.token)
     project, images = _project(label_studio, 5)
     tasks = list(images)
@@ -167,7 +169,9 @@ def test_predictions_go_in_though_a_task_is_gone(label_studio: LabelStudioServer
     assert client.predicted_tasks(project, "v2", tasks) == set()
 
 
-def test_only_what_changed_is_read_back(label_studio: LabelStudioServer, tmp_path: Path) -> None:
+def test_reconcile_reads_changes_that_no_webhook_reported(
+    label_studio: LabelStudioServer, tmp_path: Path
+) -> None:
     project, images = _project(label_studio, 8)
     tasks = list(images)
     annotate(label_studio, {task: images[task] for task in tasks[:6]})
@@ -271,7 +275,7 @@ class Known:
             )
 
 
-def test_a_task_whose_annotation_was_skipped_or_deleted_unheard_comes_back(
+def test_reconcile_task_annotated_again_after_an_unreported_deletion_is_restored(
     label_studio: LabelStudioServer, tmp_path: Path
 ) -> None:
     known = Known(label_studio, tmp_path, 5)
@@ -309,7 +313,7 @@ def test_a_task_whose_annotation_was_skipped_or_deleted_unheard_comes_back(
     assert known.counts() == (3, 3)
 
 
-def test_an_annotation_that_cannot_be_read_is_passed_over(
+def test_reconcile_invalid_annotation_is_logged_and_left_out(
     label_studio: LabelStudioServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     known = Known(label_studio, tmp_path, 3)
@@ -320,14 +324,16 @@ def test_an_annotation_that_cannot_be_read_is_passed_over(
     known.annotate(second, third)
     known.read_back()
     assert known.counts() == (2, 2)
-    assert f"the id {empty['id']} is passed over: annotation.result: must be a list" in caplog.text
+    assert f"the id {empty['id']} is left out: annotation.result: must be a list" in caplog.text
     assert known.buried() == set()
     ask(label_studio, "PATCH", f"/api/annotations/{empty['id']}/", {"result": []})
     known.read_back()
     assert known.counts() == (3, 3)
 
 
-def test_only_tasks_that_changed_since_are_asked_for(label_studio: LabelStudioServer) -> None:
+def test_annotated_tasks_changed_since_gives_only_later_changes(
+    label_studio: LabelStudioServer,
+) -> None:
     project, images = _project(label_studio, 6)
     tasks = list(images)
     annotate(label_studio, {task: images[task] for task in tasks[:3]})
@@ -350,7 +356,7 @@ def unstarted(label_studio: LabelStudioServer, tmp_path: Path) -> RunningBackend
     )
 
 
-def test_connecting_says_what_is_wrong(
+def test_connect_errors_name_the_fault(
     label_studio: LabelStudioServer, unstarted: RunningBackend
 ) -> None:
     classes = '<View><Text name="t" value="$t"/><Choices name="c" toName="t"><Choice value="a"/>'
@@ -376,7 +382,7 @@ def test_connecting_says_what_is_wrong(
     assert "LABEL_STUDIO_API_KEY" in unstarted.failing("connect", "--project", str(project))
 
 
-def test_the_doctor_says_what_to_do(
+def test_doctor_errors_name_the_remedy(
     label_studio: LabelStudioServer, unstarted: RunningBackend
 ) -> None:
     project, _ = _project(label_studio, 1)
@@ -416,7 +422,7 @@ def test_the_doctor_says_what_to_do(
         unstarted.stop()
 
 
-def test_what_a_request_leaves_over_is_finished_and_imported(
+def test_predict_tasks_beyond_the_deadline_are_predicted_by_a_job_and_imported(
     label_studio: LabelStudioServer, unstarted: RunningBackend
 ) -> None:
     project, images = _project(label_studio, 60)
@@ -458,7 +464,9 @@ def test_what_a_request_leaves_over_is_finished_and_imported(
         unstarted.stop()
 
 
-def test_the_guard_against_private_addresses_is_explained(tmp_path: Path) -> None:
+def test_connect_label_studio_refuses_private_addresses_error_names_its_settings(
+    tmp_path: Path,
+) -> None:
     with LabelStudioServer(
         label_studio_program(),
         tmp_path / "label-studio",

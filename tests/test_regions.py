@@ -1,7 +1,8 @@
-"""Regions: boxes come back as they went, and what cannot be a box is told and left out."""
+"""Regions of `RectangleLabels` and of `Rectangle` with `Labels`: reading and writing."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ml_backend.label_studio.label_config import BoxControl, parse_label_config
-from ml_backend.label_studio.regions import read_regions, write_regions
+from ml_backend.detection.types import Detections
+from ml_backend.label_studio.controls.base import Control
+from ml_backend.label_studio.label_config import parse_label_config
 from tests.conftest import capture
 
 LABELS = ("car", "rouge", "truck")
@@ -25,7 +27,9 @@ TWO_CONTROLS = parse_label_config(
     '<Label value="car"/><Label value="red" alias="rouge"/><Label value="truck"/>'
     "</Labels></View>"
 ).controls[0]
-BOTH_KINDS = pytest.mark.parametrize("control", [ONE_CONTROL, TWO_CONTROLS], ids=lambda c: c.kind)
+BOTH_KINDS = pytest.mark.parametrize(
+    "control", [ONE_CONTROL, TWO_CONTROLS], ids=lambda kind: type(kind).__name__
+)
 
 
 def _region(
@@ -53,8 +57,17 @@ def _region(
     }
 
 
+def _found(boxes: Sequence[Sequence[float]], scores: Sequence[float]) -> Detections:
+    """Detections with boxes in pixels; the class of each is irrelevant here."""
+    return Detections(
+        np.array(boxes, np.float32).reshape(-1, 4),
+        np.array(scores, np.float32),
+        np.zeros(len(boxes), np.int64),
+    )
+
+
 GOOD = _region(id="good")
-# Numbers as a prediction made elsewhere may hold them, and everything else JSON has.
+# Any JSON, with numbers that a prediction of another program may hold.
 JSON = st.recursive(
     st.none()
     | st.booleans()
@@ -91,29 +104,27 @@ def _pictures(draw: st.DrawFn) -> tuple[int, int, list[tuple[float, float, float
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
-def test_boxes_come_back_as_they_were_written(
-    control: BoxControl, picture: tuple[int, int, list[tuple[float, float, float, float, str]]]
+def test_write_regions_then_read_regions_gives_the_same_boxes(
+    control: Control, picture: tuple[int, int, list[tuple[float, float, float, float, str]]]
 ) -> None:
     width, height, boxes = picture
     fractions = np.array([box[:4] for box in boxes], np.float64).reshape(-1, 4)
-    pixels = (fractions * [width, height, width, height]).astype(np.float32)
+    pixels = (fractions * [width, height, width, height]).tolist()
     labels = [box[4] for box in boxes]
-    scores = np.linspace(0.1, 0.9, len(boxes), dtype=np.float32)
-    result = write_regions(pixels, scores, labels, control, width, height)
-    read = read_regions(result, control)
+    scores = [0.5] * len(boxes)
+    result = control.write_regions(_found(pixels, scores), labels, width, height)
+    read = control.read_regions(result)
     assert read.dropped == ()
-    assert [box.label for box in read.boxes] == labels
-    back = np.array([[box.x1, box.y1, box.x2, box.y2] for box in read.boxes]).reshape(-1, 4)
+    assert [box.label for box in read.regions] == labels
+    back = np.array([[box.x1, box.y1, box.x2, box.y2] for box in read.regions]).reshape(-1, 4)
     assert np.abs(back - fractions).max(initial=0) < 1e-3
-    assert len({box.region_id for box in read.boxes}) == len(boxes)
+    assert len({box.region_id for box in read.regions}) == len(boxes)
 
 
-def test_a_written_region_is_what_label_studio_expects() -> None:
-    (region,) = write_regions(
-        np.array([[20, 10, 60, 40]], np.float32),
-        np.array([0.75], np.float32),
+def test_rectangle_labels_write_regions_gives_label_studios_fields() -> None:
+    (region,) = ONE_CONTROL.write_regions(
+        _found([[20, 10, 60, 40]], [0.75]),
         ["rouge"],
-        ONE_CONTROL,
         200,
         100,
     )
@@ -132,12 +143,10 @@ def test_a_written_region_is_what_label_studio_expects() -> None:
     assert value == pytest.approx({"x": 10, "y": 10, "width": 20, "height": 30, "rotation": 0})
 
 
-def test_a_rectangle_with_labels_becomes_two_results_of_one_id_and_one_place() -> None:
-    result = write_regions(
-        np.array([[20, 10, 60, 40], [0, 0, 200, 100]], np.float32),
-        np.array([0.75, 0.5], np.float32),
+def test_rectangle_write_regions_gives_two_results_with_one_id_and_place() -> None:
+    result = TWO_CONTROLS.write_regions(
+        _found([[20, 10, 60, 40], [0, 0, 200, 100]], [0.75, 0.5]),
         ["rouge", "car"],
-        TWO_CONTROLS,
         200,
         100,
     )
@@ -154,17 +163,15 @@ def test_a_rectangle_with_labels_becomes_two_results_of_one_id_and_one_place() -
 
 
 @BOTH_KINDS
-def test_the_same_boxes_get_the_same_ids_and_equal_boxes_different_ones(
-    control: BoxControl,
+def test_write_regions_gives_equal_ids_for_equal_input_and_one_id_for_each_box(
+    control: Control,
 ) -> None:
     def ids(*boxes: list[float]) -> list[str]:
         return [
             region["id"]
-            for region in write_regions(
-                np.array(boxes, np.float32),
-                np.full(len(boxes), 0.5, np.float32),
+            for region in control.write_regions(
+                _found(boxes, [0.5] * len(boxes)),
                 ["car"] * len(boxes),
-                control,
                 200,
                 100,
             )
@@ -176,12 +183,10 @@ def test_the_same_boxes_get_the_same_ids_and_equal_boxes_different_ones(
     assert ids([1, 2, 3, 4]) != ids([1, 2, 3, 5])
 
 
-def test_written_boxes_end_at_the_images_edge() -> None:
-    (region,) = write_regions(
-        np.array([[-10, -5, 220, 50]], np.float32),
-        np.array([0.5], np.float32),
+def test_write_regions_box_beyond_the_image_is_cut_off_at_its_edges() -> None:
+    (region,) = ONE_CONTROL.write_regions(
+        _found([[-10, -5, 220, 50]], [0.5]),
         ["car"],
-        ONE_CONTROL,
         200,
         100,
     )
@@ -189,10 +194,10 @@ def test_written_boxes_end_at_the_images_edge() -> None:
     assert value == pytest.approx({"x": 0, "y": 0, "width": 100, "height": 50})
 
 
-def test_a_region_that_label_studio_sent_is_read() -> None:
+def test_read_regions_recorded_annotation_gives_its_box() -> None:
     body = capture("POST_webhook_ANNOTATION_CREATED")
     control = parse_label_config(body["project"]["label_config"]).controls[0]
-    (box,) = read_regions(body["annotation"]["result"], control).boxes
+    (box,) = control.read_regions(body["annotation"]["result"]).regions
     assert (box.label, box.region_id, box.origin) == ("RBC", "r1", None)
     assert (box.x1, box.y1, box.x2, box.y2) == pytest.approx((0.01, 0.02, 0.11, 0.14))
 
@@ -213,16 +218,16 @@ def test_a_region_that_label_studio_sent_is_read() -> None:
         (-90, (100, 0, 130, 20)),
     ],
 )
-def test_a_rotated_rectangle_becomes_the_box_that_encloses_it(
+def test_read_regions_rotated_rectangle_labels_gives_the_enclosing_box(
     rotation: float, expected: tuple[float, float, float, float]
 ) -> None:
     region = _region({"x": 50, "y": 20, "width": 20, "height": 30, "rotation": rotation})
-    (box,) = read_regions([region], ONE_CONTROL).boxes
+    (box,) = ONE_CONTROL.read_regions([region]).regions
     pixels = (box.x1 * 200, box.y1 * 100, box.x2 * 200, box.y2 * 100)
     assert pixels == pytest.approx(expected, abs=1e-3)
 
 
-def test_a_rotated_rectangle_of_two_controls_is_enclosed_as_well() -> None:
+def test_read_regions_rotated_rectangle_with_labels_gives_the_enclosing_box() -> None:
     value = {"x": 50, "y": 20, "width": 20, "height": 30, "rotation": 90}
     size = {"original_width": 200, "original_height": 100}
     common = {"id": "r1", "to_name": "image", **size}
@@ -230,7 +235,7 @@ def test_a_rotated_rectangle_of_two_controls_is_enclosed_as_well() -> None:
         {**common, "from_name": "kind", "type": "labels", "value": {**value, "labels": ["car"]}},
         {**common, "from_name": "box", "type": "rectangle", "value": value},
     ]
-    (box,) = read_regions(result, TWO_CONTROLS).boxes
+    (box,) = TWO_CONTROLS.read_regions(result).regions
     assert (box.label, box.region_id) == ("car", "r1")
     assert (box.x1, box.y1, box.x2, box.y2) == pytest.approx((0.35, 0.2, 0.5, 0.6))
 
@@ -243,10 +248,10 @@ def test_a_rotated_rectangle_of_two_controls_is_enclosed_as_well() -> None:
         ({"x": -5, "y": -5, "width": 200, "height": 200}, (0, 0, 1, 1)),
     ],
 )
-def test_what_lies_outside_of_the_image_is_cut_off(
+def test_read_regions_rectangle_beyond_the_image_is_cut_off_at_its_edges(
     value: dict[str, Any], expected: tuple[float, ...]
 ) -> None:
-    (box,) = read_regions([_region(value)], ONE_CONTROL).boxes
+    (box,) = ONE_CONTROL.read_regions([_region(value)]).regions
     assert (box.x1, box.y1, box.x2, box.y2) == pytest.approx(expected)
 
 
@@ -282,52 +287,50 @@ def test_what_lies_outside_of_the_image_is_cut_off(
         ({**_region(), "value": [1, 2]}, "no value"),
     ],
 )
-def test_a_region_that_is_no_box_is_dropped_with_a_reason_and_the_others_are_kept(
+def test_read_regions_invalid_region_is_dropped_with_a_reason_and_others_are_kept(
     bad: dict[str, Any], reason: str
 ) -> None:
-    read = read_regions([GOOD, bad, {**GOOD, "id": "good too"}], ONE_CONTROL)
-    assert [box.region_id for box in read.boxes] == ["good", "good too"]
+    read = ONE_CONTROL.read_regions([GOOD, bad, {**GOOD, "id": "good too"}])
+    assert [box.region_id for box in read.regions] == ["good", "good too"]
     (sentence,) = read.dropped
     assert reason in sentence
 
 
 @pytest.mark.parametrize("name", ["x", "y", "width", "height"])
-def test_a_region_without_one_of_its_coordinates_is_dropped(name: str) -> None:
+def test_read_regions_missing_coordinate_drops_the_region(name: str) -> None:
     bad = _region()
     del bad["value"][name]
-    read = read_regions([bad, GOOD], ONE_CONTROL)
-    assert [box.region_id for box in read.boxes] == ["good"]
+    read = ONE_CONTROL.read_regions([bad, GOOD])
+    assert [box.region_id for box in read.regions] == ["good"]
     assert len(read.dropped) == 1
 
 
-def test_a_region_without_a_rotation_is_not_rotated() -> None:
+def test_read_regions_missing_rotation_counts_as_none() -> None:
     region = _region()
     del region["value"]["rotation"]
-    (box,) = read_regions([region], ONE_CONTROL).boxes
+    (box,) = ONE_CONTROL.read_regions([region]).regions
     assert (box.x1, box.y1, box.x2, box.y2) == pytest.approx((0.1, 0.2, 0.4, 0.6))
 
 
-def test_a_rectangle_without_a_result_for_its_labels_is_dropped() -> None:
-    result = write_regions(
-        np.array([[20, 10, 60, 40], [0, 0, 200, 100]], np.float32),
-        np.array([0.75, 0.5], np.float32),
+def test_read_regions_rectangle_without_a_labels_result_is_dropped() -> None:
+    result = TWO_CONTROLS.write_regions(
+        _found([[20, 10, 60, 40], [0, 0, 200, 100]], [0.75, 0.5]),
         ["rouge", "car"],
-        TWO_CONTROLS,
         200,
         100,
     )
-    read = read_regions([result[0], *result[2:]], TWO_CONTROLS)
-    assert [box.label for box in read.boxes] == ["car"]
+    read = TWO_CONTROLS.read_regions([result[0], *result[2:]])
+    assert [box.label for box in read.regions] == ["car"]
     assert len(read.dropped) == 1
 
 
-def test_of_several_labels_the_first_that_is_known_counts() -> None:
+def test_read_regions_several_labels_uses_the_first_of_the_label_config() -> None:
     region = _region({"rectanglelabels": ["zebra", "truck", "car"]})
-    (box,) = read_regions([region], ONE_CONTROL).boxes
+    (box,) = ONE_CONTROL.read_regions([region]).regions
     assert box.label == "truck"
 
 
-def test_regions_of_other_controls_and_images_are_passed_over_in_silence() -> None:
+def test_read_regions_regions_of_other_controls_and_images_are_ignored() -> None:
     others = [
         _region(from_name="polygons"),
         _region(to_name="other image"),
@@ -335,14 +338,14 @@ def test_regions_of_other_controls_and_images_are_passed_over_in_silence() -> No
         "not a region",
         None,
     ]
-    read = read_regions([*others, GOOD], ONE_CONTROL)
-    assert [box.region_id for box in read.boxes] == ["good"]
+    read = ONE_CONTROL.read_regions([*others, GOOD])
+    assert [box.region_id for box in read.regions] == ["good"]
     assert read.dropped == ()
 
 
 @pytest.mark.parametrize("origin", ["prediction", "prediction-changed", "manual"])
-def test_where_a_region_came_from_is_kept(origin: str) -> None:
-    (box,) = read_regions([_region(origin=origin)], ONE_CONTROL).boxes
+def test_read_regions_keeps_the_origin(origin: str) -> None:
+    (box,) = ONE_CONTROL.read_regions([_region(origin=origin)]).regions
     assert box.origin == origin
 
 
@@ -353,8 +356,8 @@ def test_where_a_region_came_from_is_kept(origin: str) -> None:
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
-def test_whatever_stands_in_a_result_boxes_are_inside_the_image(
-    control: BoxControl, data: st.DataObject
+def test_read_regions_any_json_gives_boxes_inside_the_image_or_a_reason(
+    control: Control, data: st.DataObject
 ) -> None:
     def maybe(usual: object) -> Any:
         return data.draw(JSON) if data.draw(st.integers(0, 3)) == 0 else usual
@@ -377,9 +380,9 @@ def test_whatever_stands_in_a_result_boxes_are_inside_the_image(
         {**common, "from_name": "kind", "value": maybe({**value, "labels": names})},
         data.draw(JSON),
     ]
-    read = read_regions(result, control)
-    assert len(read.boxes) + len(read.dropped) == 1
-    for box in read.boxes:
+    read = control.read_regions(result)
+    assert len(read.regions) + len(read.dropped) == 1
+    for box in read.regions:
         assert box.label in LABELS
         assert 0 <= box.x1 < box.x2 <= 1
         assert 0 <= box.y1 < box.y2 <= 1

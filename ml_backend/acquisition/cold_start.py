@@ -23,6 +23,7 @@ from ml_backend.detection.presets import preset_named
 from ml_backend.detection.types import FloatArray
 from ml_backend.label_studio.images import ImageSource, ImageUnavailable
 from ml_backend.label_studio.label_config import LabelConfig
+from ml_backend.label_studio.media import fetch_media
 from ml_backend.reasons import Code, Reason, reason
 from ml_backend.settings import Settings
 from ml_backend.store.tables import UNTRAINED
@@ -61,16 +62,13 @@ def cold_start(
     device = resolve_device(settings.device)
     preset = preset_named(settings.preset, device)
     trunk = Detector.pretrained(preset, config.labels, settings.weights, device)
-    key = next(iter(config.controls_by_image()))
+    control = config.controls[0]
     numbers: list[int] = []
     rows: list[FloatArray] = []
 
     def fetch(task: dict[str, Any]) -> bytes | None:
-        value = task["data"].get(key)
         try:
-            if not isinstance(value, str) or not value:
-                raise ImageUnavailable(f"its data has no image under {key!r}")
-            return images.fetch(task["id"], value)
+            return fetch_media(images, task, control)
         except ImageUnavailable as error:
             _log.warning("task %s is not among the first: %s", task["id"], error)
             return None

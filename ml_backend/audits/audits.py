@@ -27,9 +27,9 @@ from ml_backend.label_studio.client import (
     NotFound,
     Rejected,
 )
+from ml_backend.label_studio.controls.base import Control, Region
 from ml_backend.label_studio.events import PredictionInfo
-from ml_backend.label_studio.label_config import BoxControl, LabelConfigError, parse_label_config
-from ml_backend.label_studio.regions import Box, read_regions
+from ml_backend.label_studio.label_config import LabelConfigError, parse_label_config
 from ml_backend.projects.clients import Clients
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
@@ -324,7 +324,7 @@ class Audits:
             )
 
 
-def compare(predicted: Sequence[Box], annotated: Sequence[Box]) -> Boxes:
+def compare(predicted: Sequence[Region], annotated: Sequence[Region]) -> Boxes:
     """Counts what became of predicted boxes, by their ids.
 
     Args:
@@ -346,7 +346,7 @@ def compare(predicted: Sequence[Box], annotated: Sequence[Box]) -> Boxes:
     return Boxes(accepted, moved, relabelled, len(left), added)
 
 
-def by_origin(annotated: Sequence[Box], predicted: int | None) -> Boxes:
+def by_origin(annotated: Sequence[Region], predicted: int | None) -> Boxes:
     """Counts by what the editor says of each box (`origin`), where the prediction cannot be read.
 
     It does not tell moved from relabelled: both count as moved.
@@ -388,7 +388,7 @@ def _our_versions(session: Session, project_id: int) -> set[str]:
     return {PRETRAINED, *names}
 
 
-def _controls(project: Project) -> Sequence[BoxControl]:
+def _controls(project: Project) -> Sequence[Control]:
     try:
         return parse_label_config(project.label_config).controls
     except LabelConfigError:
@@ -410,7 +410,7 @@ def _audit(
     annotation: Annotation,
     known: Audit | None,
     prediction: PredictionInfo | None,
-    controls: Sequence[BoxControl],
+    controls: Sequence[Control],
     ours: set[str],
     blind_share: float,
 ) -> dict[str, Any]:
@@ -443,11 +443,11 @@ def _audit(
     }
 
 
-def _boxes(result: Sequence[Any], controls: Sequence[BoxControl]) -> list[Box]:
-    return [box for control in controls for box in read_regions(result, control).boxes]
+def _boxes(result: Sequence[Any], controls: Sequence[Control]) -> list[Region]:
+    return [region for c in controls for region in c.read_regions(result).regions]
 
 
-def _differ(a: Box, b: Box) -> bool:
+def _differ(a: Region, b: Region) -> bool:
     return any(
         abs(one - other) > TOLERANCE
         for one, other in ((a.x1, b.x1), (a.y1, b.y1), (a.x2, b.x2), (a.y2, b.y2))

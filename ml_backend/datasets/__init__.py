@@ -1,1 +1,1 @@
-"""Labelled images in the formats of others."""
+"""Labelled data sets in the formats of other programs: reading and writing."""

@@ -12,11 +12,12 @@ import requests
 import torch
 from sqlalchemy import select
 
-from ml_backend.detection.decoding import UndecodableImage, decode_image
+from ml_backend.detection.decoding import UndecodableImage
 from ml_backend.detection.detector import CorruptDetector, Detector
 from ml_backend.detection.device import DeviceError, describe_device, resolve_device
 from ml_backend.detection.presets import coco_labels, preset_named
 from ml_backend.label_studio.client import GUARD, Forbidden, LabelStudioClient, LabelStudioError
+from ml_backend.label_studio.controls.base import Control
 from ml_backend.label_studio.events import ProjectInfo
 from ml_backend.label_studio.images import ImageUnavailable
 from ml_backend.label_studio.label_config import (
@@ -25,6 +26,7 @@ from ml_backend.label_studio.label_config import (
     match_labels,
     parse_label_config,
 )
+from ml_backend.label_studio.media import media_of, read_image
 from ml_backend.projects.clients import Clients
 from ml_backend.projects.connect import (
     connection_fields,
@@ -243,7 +245,7 @@ class Doctor:
             return
         yield self._connection(client, info, project, ours, url, again)
         yield from self._webhook(client, info, project, url, again)
-        yield self._image(client, project, tuple(config.controls_by_image()))
+        yield self._image(client, project, config.controls[0])
 
     def _known_labels(self, config: LabelConfig) -> Iterator[Finding]:
         """What COCO's weights, which serve until the first training, know of the labels."""
@@ -348,25 +350,23 @@ class Doctor:
             GUARD,
         )
 
-    def _image(
-        self, client: LabelStudioClient, project: Project, data_keys: tuple[str, ...]
-    ) -> Finding:
+    def _image(self, client: LabelStudioClient, project: Project, control: Control) -> Finding:
         task = client.first_task(project.label_studio_id)
         if task is None:
             return Finding("image", "warning", "the project has no task yet", "import images")
-        value = task["data"].get(data_keys[0])
-        if not isinstance(value, str):
+        try:
+            value = media_of(task["data"], control)
+        except ImageUnavailable as error:
             return Finding(
                 "image",
                 "error",
-                f"task {task['id']} has no image under {data_keys[0]!r}",
+                f"task {task['id']}: {error}",
                 'the label config\'s value="$..." must name a field of the tasks',
             )
         images = self._label_studios.images(project)
         route = images.route_of(value)
         try:
-            content = images.fetch(task["id"], value)
-            image = decode_image(content, max_pixels=self._settings.image_max_pixels)
+            image = read_image(images, task, control, max_pixels=self._settings.image_max_pixels)
         except (ImageUnavailable, UndecodableImage) as error:
             return Finding("image", "error", f"task {task['id']}, {route}: {error}")
         return Finding("image", "ok", f"task {task['id']}: {image.width} x {image.height}, {route}")

@@ -88,9 +88,7 @@ class Requests:
                 return Asked.of(fruitless)
             decision = self._decide(project, job, counted, forced)
             if job is None:
-                job = Job(
-                    project_id=project_id, kind=JobKind.TRAIN, trigger=trigger, checkpoint={}
-                )
+                job = Job(project_id=project_id, kind=JobKind.TRAIN, trigger=trigger, checkpoint={})
                 session.add(job)
             if forced:
                 job.trigger = trigger

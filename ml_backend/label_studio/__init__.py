@@ -1,1 +1,1 @@
-"""All that is Label Studio's: its API, its label config, its regions, its events, its images."""
+"""Label Studio's formats and interfaces: API, label config, controls, webhooks, images."""

@@ -1,10 +1,10 @@
-"""Which addresses images are fetched from.
+"""Guards against images from addresses inside this machine's network (SSRF).
 
-Image addresses come from people, and this machine reaches what they do not: its own services, its
-network, its cloud's metadata. So a name is resolved once, what it leads to is checked, and that
-very address is connected to: a name that leads elsewhere a moment later (DNS rebinding) gains
-nothing, and each redirect is a connection of its own. What is checked here are addresses, never
-spellings: `http://2130706433/` is `127.0.0.1` as well.
+People write image addresses into tasks, and this machine reaches hosts that they do not: its own
+services, its network, its cloud's metadata. So a name is resolved once, the numeric addresses are
+checked, and the connection goes to a checked address: a name that resolves differently a moment
+later (DNS rebinding) has no effect. Each redirect is a new connection and is checked too. Only
+numeric addresses are compared, never spellings: `http://2130706433/` is also `127.0.0.1`.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Origin = tuple[str | None, str | None, int | None]
 
 _TRIED = 3
-"""Addresses of one name that are tried: each may take the whole timeout."""
+"""Addresses of one name that are tried; each may take the whole timeout."""
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _NOT_PUBLIC = (
-    # Local by their purpose, which the standard library does not know in every release.
+    # Local networks that not every release of the standard library counts as such.
     ipaddress.ip_network("192.0.0.0/24"),
     ipaddress.ip_network("64:ff9b:1::/48"),
-    # Azure's host, which answers its virtual machines' questions for settings and secrets.
+    # Azure's host service, which gives settings and secrets to virtual machines.
     ipaddress.ip_network("168.63.129.16/32"),
 )
 
 
 class AddressRefused(RuntimeError):
-    """An address lies in this machine's own network; the text says what allows it."""
+    """An address is in this machine's network; the text names the setting that allows it."""
 
 
 class Guard:
     """Decides which addresses may be connected to.
 
-    Any public one; what an admin allows; and Label Studio's own scheme, host and port, wherever
-    that leads.
+    These are all public ones, those that an admin allows, and Label Studio's own scheme, host and
+    port, wherever its name leads.
 
     Args:
         own: Label Studio's addresses.
@@ -57,7 +57,7 @@ class Guard:
     def __init__(self, own: Iterable[str], allowed: Iterable[str]) -> None:
         self._own: set[Origin] = set()
         for url in own:
-            # What `/setup` brought along may be no address at all.
+            # The address in a `/setup` request may be invalid.
             with suppress(LocationParseError):
                 self._own.add(origin_of(url))
         self._names: set[str] = set()
@@ -69,11 +69,11 @@ class Guard:
                 self._names.add(entry.lower())
 
     def resolve(self, scheme: str, host: str, port: int) -> list[str]:
-        """What a host's name leads to, as far as it may be connected to.
+        """Resolves a host's name to the numeric addresses that may be connected to.
 
         Raises:
-            AddressRefused: nothing of it may be.
-            OSError: it leads nowhere.
+            AddressRefused: none of its addresses may be connected to.
+            OSError: the name cannot be resolved.
         """
         host = host.strip("[]").lower()
         rows = socket.getaddrinfo(host, port, allowed_gai_family(), socket.SOCK_STREAM)
@@ -89,22 +89,22 @@ class Guard:
         return open_ones
 
     def allows(self, address: str) -> bool:
-        """Whether an address in numbers may be connected to, whatever name leads there."""
+        """Says whether a numeric address may be connected to under every name."""
         plain = _plain(ipaddress.ip_address(address))
         return _is_public(plain) or any(plain in network for network in self._networks)
 
     def adapter(self) -> DeadlineAdapter:
-        """Asks over connections each of which is checked; for one thread."""
+        """Makes an adapter that checks each of its connections; for use in one thread."""
         return _Adapter(self)
 
 
 def origin_of(url: str) -> Origin:
-    """Scheme, host and port of an address.
+    """Parses scheme, host and port of an address.
 
     Raises:
         LocationParseError: it has none.
     """
-    # By the parser that decides where the request goes: urlsplit sees another host in
+    # requests connects by this parser. urlsplit reads a different host from
     # http://other.example\\@label-studio.example/.
     parts = parse_url(url)
     port = parts.port or {"http": 80, "https": 443}.get(parts.scheme or "")
@@ -112,7 +112,7 @@ def origin_of(url: str) -> Origin:
 
 
 def _plain(address: Address) -> Address:
-    """The IPv4 address that an IPv6 address stands for, where it stands for one."""
+    """Converts an IPv6 address that embeds an IPv4 address to the latter."""
     if isinstance(address, ipaddress.IPv4Address):
         return address
     if address in _NAT64:
@@ -121,7 +121,7 @@ def _plain(address: Address) -> Address:
 
 
 def _is_public(address: Address) -> bool:
-    # What is reserved includes IPv6's older ways to spell an IPv4 address.
+    # The reserved addresses include older forms of IPv6 that embed an IPv4 address.
     return (
         address.is_global
         and not (address.is_multicast or address.is_reserved)
@@ -131,7 +131,7 @@ def _is_public(address: Address) -> bool:
 
 
 class _Adapter(DeadlineAdapter):
-    """Connects through a guard."""
+    """Connects to addresses that a guard allows."""
 
     def __init__(self, guard: Guard) -> None:
         self._guard = guard
@@ -143,7 +143,7 @@ class _Adapter(DeadlineAdapter):
     def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> Any:
         proxy = select_proxy(request.url or "", kwargs.get("proxies"))
         if proxy is not None:
-            # The proxy connects, and has the last word; names may be known to it alone.
+            # The proxy makes the connection, and may know names that are unknown here.
             scheme, host, port = origin_of(request.url or "")
             with suppress(OSError):
                 self._guard.resolve(scheme or "", host or "", port or 0)

@@ -1,7 +1,7 @@
-"""Requests that end: in all, not only between one byte and the next.
+"""Limits the duration of whole requests.
 
-The timeouts of requests hold for each piece that arrives. By them alone, whoever sends a byte every
-few seconds, within the head or the size of a chunk, keeps a thread for hours.
+The timeouts of requests limit the wait for each piece of an answer. A server that sends a byte
+every few seconds, within the head or the size of a chunk, would occupy a thread for hours.
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 
 class DeadlineAdapter(HTTPAdapter):
-    """Its connections can be cut; for one thread. Takes what requests' adapter takes.
+    """Adapter of requests that can end its connections; for use in one thread.
+
+    Args:
+        kwargs: the arguments of requests' `HTTPAdapter`.
 
     Attributes:
-        session: asks through it alone.
+        session: a session that uses this adapter for all requests.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         self._lock = threading.Lock()
         self._within = self._over = False
-        # A second handle on each connection: TLS takes the first one over.
+        # A second handle on each connection, because TLS detaches the first one.
         self._open: set[socket.socket] = set()
         self._closed: set[socket.socket] = set()
         super().__init__(**kwargs)
@@ -38,10 +41,14 @@ class DeadlineAdapter(HTTPAdapter):
 
     @contextmanager
     def within(self, seconds: float) -> Iterator[None]:
-        """What is asked for in here has ended by then.
+        """Ends all requests made in this context after a time.
+
+        Args:
+            seconds: the time.
 
         Raises:
-            requests.Timeout: it had not. A head that is cut off reads like a whole one.
+            requests.Timeout: the time was over. Raised even if the request seemed to succeed,
+                because a head that is cut off reads like a whole one.
         """
         timer = threading.Timer(seconds, self._cut)
         timer.daemon = True
@@ -67,30 +74,30 @@ class DeadlineAdapter(HTTPAdapter):
             raise late
 
     def connect(self, scheme: str, connection: HTTPConnection) -> socket.socket | None:
-        """Connects as urllib3 does where None; for subclasses that decide whereto.
+        """Opens a connection; returns None to let urllib3 open it. Subclasses override this.
 
         Args:
             scheme: `http` or `https`.
-            connection: says where to, and within how many seconds.
+            connection: holds host, port and timeout.
         """
         return None
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        """As requests does, with connections that tell of themselves."""
+        """Creates the pools, with connections that this adapter can end."""
         super().init_poolmanager(*args, **kwargs)
         self.poolmanager.pool_classes_by_scheme = _pools(self)
 
     def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
-        """As requests does; what is asked for through a proxy ends as well."""
+        """Creates the pools of a proxy, with connections that this adapter can end."""
         manager = super().proxy_manager_for(*args, **kwargs)
         manager.pool_classes_by_scheme = _pools(self)
         return manager
 
     def opened(self, connected: socket.socket) -> socket.socket:
-        """Keeps a handle on a connection, and answers it.
+        """Keeps a second handle on a new connection, and returns the handle.
 
         Raises:
-            OSError: it is too late for one.
+            OSError: the time of the request is over.
         """
         with self._lock:
             if self._over:
@@ -101,7 +108,7 @@ class DeadlineAdapter(HTTPAdapter):
         return handle
 
     def closed(self, handle: socket.socket) -> None:
-        """A connection was closed; what was answered over it may still be read."""
+        """Notes that a connection was closed; its answer may still be read."""
         with self._lock:
             if self._within:
                 self._closed.add(handle)
@@ -114,7 +121,7 @@ class DeadlineAdapter(HTTPAdapter):
             if self._within:
                 self._over = True
                 for handle in self._open:
-                    # The other side may have closed it.
+                    # The server may have closed the connection.
                     with suppress(OSError):
                         handle.shutdown(socket.SHUT_RDWR)
 
@@ -125,7 +132,7 @@ def _pools(adapter: DeadlineAdapter) -> dict[str, type[HTTPConnectionPool]]:
         handle: socket.socket | None = None
 
         def _new_conn(self) -> socket.socket:
-            # The proxy itself may be anywhere.
+            # The proxy itself may have any address.
             connected = None if self.proxy else adapter.connect(self.scheme, self)
             connected = connected or super()._new_conn()
             self.handle = adapter.opened(connected)

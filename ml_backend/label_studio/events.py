@@ -1,4 +1,4 @@
-"""Webhooks, read into what they mean for a detector. Bodies as Label Studio 1.23 sends them."""
+"""Parses the bodies of Label Studio's webhooks and API (version 1.23) into typed values."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ Read = TypeVar("Read")
 
 
 class InvalidEvent(ValueError):
-    """A webhook's body is not what Label Studio sends; the text names the field."""
+    """A body is not of the form that Label Studio sends; the text names the field."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProjectKey:
-    """What identifies a project: its id and when it was created.
+    """Identifies a project by its id and the time of its creation.
 
     Attributes:
-        key: `"{id}.{creation as unix seconds}"`, as `/setup` and `/predict` carry it.
+        key: `"{id}.{creation as unix seconds}"`, as in requests to `/setup` and `/predict`.
         id: Label Studio's id.
     """
 
@@ -33,20 +33,19 @@ class ProjectKey:
 
 @dataclass(frozen=True, slots=True)
 class ProjectInfo:
-    """A project, as webhooks and the API show it; `updated_at` only webhooks tell."""
+    """A project, from a webhook or the API. `updated_at` is None in the API's answers."""
 
     key: str
     id: int
     title: str
     label_config: str
     model_version: str | None
-    sampling: str | None
     updated_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TaskInfo:
-    """A task."""
+    """A task of a project."""
 
     id: int
     data: dict[str, Any]
@@ -55,7 +54,7 @@ class TaskInfo:
 
 @dataclass(frozen=True, slots=True)
 class AnnotationInfo:
-    """An annotation; `lead_time` is the seconds that the person took."""
+    """An annotation of a task. `lead_time` is the time that the person took, in seconds."""
 
     id: int
     task_id: int
@@ -71,7 +70,7 @@ class AnnotationInfo:
 
 @dataclass(frozen=True, slots=True)
 class PredictionInfo:
-    """A prediction, whoever made it; `model_version` is the name that its maker gave."""
+    """A prediction of any program. `model_version` is the name that this program gave."""
 
     id: int
     result: list[Any]
@@ -120,14 +119,14 @@ class ProjectChanged:
 
 @dataclass(frozen=True, slots=True)
 class TrainingRequested:
-    """Somebody pressed Start Training."""
+    """The Start Training button was pressed."""
 
     project: ProjectInfo
 
 
 @dataclass(frozen=True, slots=True)
 class Ignored:
-    """An action that does not concern a detector."""
+    """An action that the backend does not need."""
 
     action: str
 
@@ -143,10 +142,10 @@ Event = (
 
 
 def parse_project_key(text: str) -> ProjectKey:
-    """Reads `"{id}.{creation as unix seconds}"`, or an id alone.
+    """Parses `"{id}.{creation as unix seconds}"`, or an id alone.
 
     Raises:
-        InvalidEvent: it is neither.
+        InvalidEvent: the text is neither.
     """
     found = re.fullmatch(r"([0-9]{1,18})(\.[0-9]{1,18})?", text)
     if found is None:
@@ -158,7 +157,7 @@ def parse_project_key(text: str) -> ProjectKey:
 
 
 def parse_event(body: dict[str, Any]) -> Event | Ignored:
-    """Reads a webhook's body; of several annotations or tasks, those that can be read.
+    """Parses the body of a webhook. Of several annotations or tasks, invalid ones are left out.
 
     Raises:
         InvalidEvent: a field is missing or wrong.
@@ -189,7 +188,7 @@ def parse_event(body: dict[str, Any]) -> Event | Ignored:
 
 
 def read_project(content: object) -> ProjectInfo:
-    """A project, from a webhook or the API.
+    """Parses a project from a webhook or the API.
 
     Raises:
         InvalidEvent: a field is missing or wrong.
@@ -203,25 +202,24 @@ def read_project(content: object) -> ProjectInfo:
         title=str(fields.get("title") or ""),
         label_config=str(fields.get("label_config") or ""),
         model_version=_optional_text(fields.get("model_version")),
-        sampling=_optional_text(fields.get("sampling")),
         updated_at=_moment(fields, "updated_at", "project") if "updated_at" in fields else None,
     )
 
 
 def readable(read: Callable[[Any], Read], contents: Iterable[Any]) -> tuple[Read, ...]:
-    """What can be read of several things of a kind; the others are logged and passed over."""
+    """Parses several objects; those that are invalid are logged and left out."""
     found = []
     for content in contents:
         try:
             found.append(read(content))
         except InvalidEvent as error:
             number = content.get("id") if isinstance(content, dict) else None
-            _log.warning("what has the id %.40r is passed over: %s", number, error)
+            _log.warning("the object with the id %.40r is left out: %s", number, error)
     return tuple(found)
 
 
 def read_task(content: object) -> TaskInfo:
-    """A task, from a webhook or the API.
+    """Parses a task from a webhook or the API.
 
     Raises:
         InvalidEvent: a field is missing or wrong.
@@ -234,7 +232,7 @@ def read_task(content: object) -> TaskInfo:
 
 
 def read_annotation(content: object) -> AnnotationInfo:
-    """An annotation, from a webhook or the API.
+    """Parses an annotation from a webhook or the API.
 
     Raises:
         InvalidEvent: a field is missing or wrong.
@@ -258,7 +256,7 @@ def read_annotation(content: object) -> AnnotationInfo:
 
 
 def read_prediction(content: object) -> PredictionInfo:
-    """A prediction, from the API; a result that is no list of regions holds none.
+    """Parses a prediction from the API. A `result` that is not a list counts as an empty one.
 
     Raises:
         InvalidEvent: its id is missing or wrong.
@@ -277,7 +275,7 @@ def _project(body: dict[str, Any]) -> ProjectInfo:
 
 
 def _many(body: dict[str, Any], key: str) -> list[Any]:
-    """Label Studio sends one object, or a list of them, under the same name."""
+    """Label Studio sends one object or a list of objects under the same key."""
     value = body.get(key)
     if isinstance(value, dict):
         return [value]
@@ -290,7 +288,7 @@ def _read_many(body: dict[str, Any], key: str, read: Callable[[Any], Read]) -> t
     contents = _many(body, key)
     found = readable(read, contents)
     if contents and not found:
-        # It is refused, with the first reason.
+        # None is valid: this raises the error of the first one.
         read(contents[0])
     return found
 
@@ -327,7 +325,7 @@ def _optional_text(value: object) -> str | None:
 def _optional_seconds(value: object) -> float | None:
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
-    # The bound also holds off nan, infinities and integers too large for a float.
+    # The bounds also exclude nan, infinities and integers too large for a float.
     return float(value) if 0 <= value < 1e12 else None
 
 

@@ -1,23 +1,17 @@
-"""Getting at a task's image, wherever Label Studio keeps it.
+"""Reads the images of tasks from wherever Label Studio stores them.
 
-Label Studio's token goes to Label Studio's own address alone: redirects are followed by hand, and
-the token stays behind where one leads elsewhere. Which addresses are reached at all is decided by
-`addresses.Guard`.
+Label Studio's token is sent to Label Studio's own address only. So redirects are followed here, and
+the token is left out where one leads to another host. `addresses.Guard` decides which addresses may
+be connected to.
 """
 
 from __future__ import annotations
 
 import base64
-import hashlib
-import logging
-import os
 import re
-import tempfile
 import threading
 import time
 from collections.abc import Iterable
-from contextlib import suppress
-from pathlib import Path
 from urllib.parse import unquote_to_bytes, urljoin, urlsplit
 
 import requests
@@ -25,122 +19,38 @@ from urllib3.exceptions import HTTPError, LocationParseError
 from urllib3.util import parse_url
 
 from ml_backend.label_studio.addresses import AddressRefused, Guard, origin_of
-from ml_backend.label_studio.client import LabelStudioClient, LabelStudioError, as_it_is
+from ml_backend.label_studio.client import LabelStudioClient, LabelStudioError
 from ml_backend.label_studio.connections import DeadlineAdapter
-
-_log = logging.getLogger(__name__)
+from ml_backend.label_studio.disk_cache import DiskCache
+from ml_backend.label_studio.transport import without_netrc
 
 REDIRECTS = 5
 _CHUNK = 64 * 1024
 _CLOUD = ("s3://", "gs://", "azure-blob://")
 _SERVED = ("/data/local-files/", "/data/upload/")
-"""Paths of what Label Studio itself serves of a task."""
+"""Paths of files that Label Studio itself serves."""
 _WITH_TOKEN = re.compile(r"/(data|storage-data|(tasks|projects)/\d+/(resolve|presign))/")
-"""Paths of what it serves of a task to those who may see it."""
+"""Paths of a task's files that Label Studio serves to authorised users."""
 _SHOWN = 200
-"""Letters of an address in a message."""
+"""Characters of an address that a message shows."""
 
 
 class ImageUnavailable(RuntimeError):
-    """An image cannot be had; the text says why, and what helps."""
-
-
-class DiskCache:
-    """Images on disk, up to a size; those read longest ago go first.
-
-    Several processes may share the folder. A full disk only means that nothing is cached.
-
-    Args:
-        folder: where they lie.
-        max_bytes: size of all; 0 turns the cache off.
-    """
-
-    def __init__(self, folder: Path, max_bytes: int) -> None:
-        self._folder = folder
-        self._max_bytes = max_bytes
-        self._lock = threading.Lock()
-        self._total: int | None = None
-        self._since_sweep = 0
-
-    def get(self, key: str) -> bytes | None:
-        """What was put there under a key, if it still is."""
-        if not self._max_bytes:
-            return None
-        path = self._path(key)
-        try:
-            content = path.read_bytes()
-        except OSError:
-            return None
-        with suppress(OSError):
-            # The time of the last use decides what goes first.
-            os.utime(path)
-        return content
-
-    def put(self, key: str, content: bytes) -> None:
-        """Keeps content under a key: whole or not at all."""
-        if len(content) > self._max_bytes:
-            return
-        path = self._path(key)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                dir=path.parent, prefix=".writing-", delete=False
-            ) as file:
-                file.write(content)
-            Path(file.name).replace(path)
-        except OSError as error:
-            _log.warning("an image is not cached: %s", error)
-            with suppress(OSError, UnboundLocalError):
-                Path(file.name).unlink()
-            return
-        with self._lock:
-            self._since_sweep += len(content)
-            # The first look tells what earlier and other processes left; later ones, what others
-            # have written since.
-            if (
-                self._total is None
-                or self._total + self._since_sweep > self._max_bytes
-                or self._since_sweep > self._max_bytes // 20
-            ):
-                self._total = self._sweep()
-                self._since_sweep = 0
-
-    def _path(self, key: str) -> Path:
-        name = hashlib.sha256(key.encode()).hexdigest()
-        return self._folder / name[:2] / name
-
-    def _sweep(self) -> int:
-        """Where there is too much, leaves nine tenths, so that sweeps stay rare."""
-        files: list[tuple[float, int, Path]] = []
-        for path in self._folder.glob("*/*"):
-            # Another process may have deleted it just now.
-            with suppress(OSError):
-                stat = path.stat()
-                files.append((stat.st_mtime, stat.st_size, path))
-        total = sum(size for _, size, _ in files)
-        if total <= self._max_bytes:
-            return total
-        for _, size, path in sorted(files):
-            if total <= self._max_bytes * 0.9:
-                break
-            with suppress(OSError):
-                path.unlink()
-            total -= size
-        return total
+    """An image cannot be read; the text says why, and the remedy."""
 
 
 class ImageSource:
-    """Reads the images of one Label Studio's tasks.
+    """Reads the images of the tasks of one Label Studio.
 
     Args:
-        base_url: Label Studio's address, with its sub-path; None where it is not known.
-        client: authorises requests to it; None where no token is known.
-        cache: keeps what was read.
-        max_bytes: larger images are refused.
-        timeout: seconds that one image may take in all.
-        other_urls: addresses under which others reach the same Label Studio, and which it therefore
-            writes into tasks (LABEL_STUDIO_HOST on its side).
-        allowed_hosts: hosts and networks besides public ones that images may come from.
+        base_url: Label Studio's address, including its sub-path; None if it is not known.
+        client: authorises requests to Label Studio; None if no token is known.
+        cache: keeps the images.
+        max_bytes: a larger image is refused.
+        timeout: seconds that the transfer of one image may take in all.
+        other_urls: other addresses of the same Label Studio, which it writes into tasks
+            (LABEL_STUDIO_HOST on its side).
+        allowed_hosts: hosts and networks that are not public, and that images may come from.
     """
 
     def __init__(
@@ -164,14 +74,14 @@ class ImageSource:
         self._local = threading.local()
 
     def fetch(self, task_id: int | None, value: str) -> bytes:
-        """Reads one image.
+        """Reads one image, still encoded.
 
         Args:
             task_id: Label Studio's id of the task; images in cloud storage need it.
-            value: what stands in the task's data.
+            value: the image's address in the task's data.
 
         Raises:
-            ImageUnavailable: it cannot be had.
+            ImageUnavailable: the image cannot be read.
         """
         try:
             value.encode()
@@ -187,7 +97,7 @@ class ImageSource:
         return content
 
     def route_of(self, value: str) -> str:
-        """How an image is read, in words."""
+        """Describes in words where an image is read from."""
         if value.startswith("data:"):
             return "inline"
         if value.startswith(_CLOUD):
@@ -200,9 +110,9 @@ class ImageSource:
         return "an upload, from Label Studio"
 
     def _served(self, value: str) -> str | None:
-        """The path of a whole address at which Label Studio serves the file; None for others.
+        """The path of an address at which Label Studio serves a file; None for other addresses.
 
-        The address may be one that is good for browsers alone.
+        The host in the address may be reachable from browsers only.
         """
         if not value.startswith(("http://", "https://")):
             return None
@@ -233,7 +143,7 @@ class ImageSource:
                 "https://, /data/, s3://, gs://, azure-blob:// or data:"
             )
         path = urlsplit(self._base_url).path
-        # Under a sub-path Label Studio may or may not have put it there already.
+        # Label Studio may or may not have added its sub-path already.
         if path and value.startswith(f"{path}/"):
             value = value.removeprefix(path)
         return self._base_url + value
@@ -258,7 +168,7 @@ class ImageSource:
                     if response.is_redirect:
                         redirects += 1
                         address = urljoin(address, response.headers["Location"])
-                        # Where Label Studio itself leads to, it asks who comes there as well.
+                        # A path that Label Studio itself redirects to needs authorisation too.
                         authorised = _below(address, self._base_url) is not None and (
                             authorised or self._takes_token(address)
                         )
@@ -278,18 +188,19 @@ class ImageSource:
                         )
                     content = self._read(address, response)
                     if content.lstrip()[:1] == b"<":
-                        # A login, or a proxy's word that the site is down; it must not be cached.
+                        # A login page, or the error page of a proxy, must not be cached.
                         raise ImageUnavailable(
                             f"{_named(address)} answers with a page, and no image"
                         )
                     return content
             except requests.ReadTimeout:
-                # All the time that was left.
+                # It took all the remaining time: `_download` turns this into the error.
                 raise
             except AddressRefused as error:
                 raise ImageUnavailable(f"{_named(address)} is not read: {error}") from error
             except (requests.RequestException, HTTPError, ValueError) as error:
-                # While the body is read, errors are urllib3's own; ValueError: no valid address.
+                # While the body is read, errors are those of urllib3. A ValueError means that the
+                # address is invalid.
                 raise ImageUnavailable(
                     f"{_named(address)} cannot be read ({type(error).__name__}): it must be "
                     "reachable from this machine"
@@ -310,7 +221,7 @@ class ImageSource:
             stream=True,
             allow_redirects=False,
             timeout=(min(3.05, left), left),
-            auth=as_it_is,
+            auth=without_netrc,
         )
 
     def _read(self, address: str, response: requests.Response) -> bytes:
@@ -328,7 +239,8 @@ class ImageSource:
 
     @staticmethod
     def _parts(response: requests.Response) -> Iterable[bytes]:
-        # What has arrived, not a whole chunk: a slow drip must not outlast the deadline.
+        # `read1` returns the bytes that have arrived. Waiting for a whole chunk could exceed the
+        # deadline if they come slowly.
         while part := response.raw.read1(_CHUNK, decode_content=True):
             yield part
 
@@ -341,8 +253,10 @@ class ImageSource:
         return adapter
 
     def _takes_token(self, address: str) -> bool:
-        """Whether Label Studio serves images there: nothing else is asked for in its user's name,
-        whatever people write into a task."""
+        """Whether Label Studio serves images at an address.
+
+        Other addresses that people write into tasks must not be requested with the user's token.
+        """
         path = _below(address, self._base_url)
         return path is not None and _WITH_TOKEN.match(path) is not None
 
@@ -363,21 +277,21 @@ class ImageSource:
 
 
 def _below(address: str, base: str | None) -> str | None:
-    """The path of an address below Label Studio's, with its query; None where it lies elsewhere."""
+    """The path and query of an address below Label Studio's; None if it is not below it."""
     try:
         if base is None or origin_of(address) != origin_of(base):
             return None
-        # With the dots of /data/upload/../ resolved, as they are in a request.
+        # This resolves the dots of /data/upload/../, as a request does.
         path = parse_url(address).request_uri
         prefix = (parse_url(base).path or "").rstrip("/")
     except LocationParseError:
         return None
-    # Under a sub-path Label Studio may or may not have put it there.
+    # Label Studio may or may not have added its sub-path.
     return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path
 
 
 def _named(address: str) -> str:
-    """An address for people and logs: in one line, without what a cloud signed."""
+    """Shortens an address for messages, to one line and without a cloud's signature."""
     start, mark, query = address.partition("?")
     shown = start if mark and "sign" in query.lower() else address
     text = "".join(letter if letter.isprintable() else "?" for letter in shown[:_SHOWN])

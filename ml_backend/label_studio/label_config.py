@@ -1,12 +1,11 @@
-"""A project's label config: which controls draw boxes, on which images, with which labels."""
+"""Reads a project's label config: its controls, and which labels a pretrained detector knows."""
 
 from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 from xml.etree.ElementTree import Element, ParseError
 
 from defusedxml import DefusedXmlException
@@ -15,8 +14,11 @@ from label_studio_sdk.label_interface.control_tags import ControlTag
 from label_studio_sdk.label_interface.interface import LabelInterface
 from label_studio_sdk.label_interface.object_tags import ObjectTag
 
+from ml_backend.extensions import CONTROLS
+from ml_backend.label_studio.controls.base import Control, Media
+
 LARGEST = 1_000_000
-"""Characters of a label config: one with 20,000 labels has half as many."""
+"""Characters of a label config. A config of 20,000 labels has half as many."""
 
 
 class LabelConfigError(ValueError):
@@ -24,81 +26,43 @@ class LabelConfigError(ValueError):
 
 
 class InvalidLabelConfig(LabelConfigError):
-    """It is no valid label config."""
+    """The label config is not valid."""
 
 
 class NothingToDetect(LabelConfigError):
-    """It has no control that draws boxes on an image."""
-
-
-@dataclass(frozen=True, slots=True)
-class Label:
-    """A label of a control.
-
-    Attributes:
-        value: its name in the config.
-        alias: what stands in results instead, where given.
-        predicted_values: names of a pretrained detector's classes that mean it.
-    """
-
-    value: str
-    alias: str | None = None
-    predicted_values: tuple[str, ...] = ()
-
-    @property
-    def output(self) -> str:
-        """The name in results."""
-        return self.alias or self.value
-
-
-@dataclass(frozen=True, slots=True)
-class BoxControl:
-    """A control that draws boxes on an image.
-
-    Attributes:
-        kind: `RectangleLabels`, or `Rectangle` with a `Labels` on the same image.
-        from_name: the control's name in results.
-        labels_from_name: the name of the `Labels`, for the second kind; `from_name` otherwise.
-        to_name: the image's name.
-        data_key: the field of a task's data that holds the image.
-        labels: its labels, in the config's order.
-        score_threshold: `model_score_threshold`, where given.
-    """
-
-    kind: Literal["rectanglelabels", "rectangle+labels"]
-    from_name: str
-    labels_from_name: str
-    to_name: str
-    data_key: str
-    labels: tuple[Label, ...]
-    score_threshold: float | None = None
+    """The label config has no control that a detector can predict for."""
 
 
 @dataclass(frozen=True)
 class LabelConfig:
-    """What a detector needs to know of a label config."""
+    """The part of a label config that a detector needs.
 
-    controls: tuple[BoxControl, ...]
+    Attributes:
+        controls: the controls that draw regions, at least one.
+    """
+
+    controls: tuple[Control, ...]
 
     @functools.cached_property
     def labels(self) -> tuple[str, ...]:
-        """Names of all labels as they stand in results, each once, in the config's order."""
-        return tuple(dict.fromkeys(label.output for c in self.controls for label in c.labels))
+        """Names of all labels as results carry them, each once, in the config's order."""
+        found = (label.output for control in self.controls for label in control.labels)
+        return tuple(dict.fromkeys(found))
 
-    def controls_by_image(self) -> dict[str, tuple[BoxControl, ...]]:
-        """The controls of each image, by the field of a task's data that holds it."""
+    def controls_by_image(self) -> dict[str, tuple[Control, ...]]:
+        """The controls of each image, by the field of a task's data that holds the image."""
         keys = dict.fromkeys(control.data_key for control in self.controls)
         return {key: tuple(c for c in self.controls if c.data_key == key) for key in keys}
 
 
 @dataclass(frozen=True, slots=True)
 class LabelMatch:
-    """Which labels a pretrained detector knows.
+    """The labels that a pretrained detector knows, and those that it does not.
 
     Attributes:
         matched: the detector's classes, by label.
-        unmatched: labels that it does not know.
-        mistaken: names in `predicted_values` that are no classes of its.
+        unmatched: labels that no class stands for.
+        mistaken: names in `predicted_values` that are not classes of the detector.
         suggestions: a class of a similar name, by unmatched label or mistaken name.
     """
 
@@ -108,7 +72,7 @@ class LabelMatch:
     suggestions: dict[str, str]
 
     def in_words(self, weights: str) -> str:
-        """The same in one line; `weights` are called so."""
+        """Describes the match in one line, in which `weights` names the weights."""
         parts = [f"{weights} know {', '.join(self.matched) or 'none of the labels'}"]
         if self.unmatched:
             parts.append(f"they do not know {', '.join(self.unmatched)}")
@@ -124,38 +88,42 @@ def parse_label_config(xml: str) -> LabelConfig:
 
     Raises:
         InvalidLabelConfig: it is not valid, or declares entities.
-        NothingToDetect: it draws no boxes on an image.
+        NothingToDetect: no control of a registered kind is in it.
+        ExtensionError: a registered kind of control cannot be imported.
     """
     root = _checked(xml)
     if "".join(root.itertext()).strip() and not len(root):
         raise InvalidLabelConfig("the label config holds text and no tag")
+    kinds = control_kinds()
+    shown_by = dict.fromkeys(kind.media_tag for kind in kinds)
     try:
         interface = LabelInterface(xml)
-        objects = {o.name: o for o in interface.objects if o.tag == "Image"}
-        controls = [*interface.controls]
+        media = {o.name: _media(o) for o in interface.objects if o.tag in shown_by}
+        tags = [tag for tag in interface.controls if tag.name]
     except Exception as error:
-        # The parser's errors are of many kinds; each means that the config is not valid.
+        # The parser raises errors of many types; each means that the config is not valid.
         raise InvalidLabelConfig(f"the label config is not valid: {error}") from error
-    found: list[BoxControl] = []
-    # Of several on an image the first counts.
-    labels_of = {
-        image: control
-        for control in reversed(controls)
-        if control.tag == "Labels" and control.name and _labels(control)
-        for image in control.to_name or ()
-    }
-    for control in controls:
-        for image in (objects[name] for name in control.to_name or () if name in objects):
-            box = _box_control(control, labels_of, image)
-            if box is not None:
-                found.append(box)
+    found: list[Control] = []
+    for tag in tags:
+        for shown in (media.get(name) for name in tag.to_name or ()):
+            if shown is not None:
+                found += _controls(kinds, tag, shown, tags)
     if not found:
+        needed = ", or ".join(kind.needs for kind in kinds)
         raise NothingToDetect(
-            "there is nothing to detect in this label config: it needs <RectangleLabels> with at "
-            "least one <Label>, or <Rectangle> and <Labels>, whose toName is an <Image "
-            'value="$...">'
+            f"there is nothing to detect in this label config: it needs {needed}, whose toName "
+            "is an " + " or ".join(f'<{tag} value="$...">' for tag in shown_by)
         )
     return LabelConfig(tuple(found))
+
+
+def control_kinds() -> list[type[Control]]:
+    """Imports the kinds of controls that are registered, in the order of the registry.
+
+    Raises:
+        ExtensionError: one of them cannot be imported.
+    """
+    return [CONTROLS.load(name) for name in CONTROLS]
 
 
 def match_labels(config: LabelConfig, known: Sequence[str]) -> LabelMatch:
@@ -204,70 +172,22 @@ def _checked(xml: str) -> Element:
     return root
 
 
-def _box_control(
-    control: ControlTag, labels_of: Mapping[str, ControlTag], image: ObjectTag
-) -> BoxControl | None:
-    # Without the dollar sign it is an address of its own, not a field of the task's data.
-    key = image.value_name if (image.value or "").startswith("$") else None
-    if not key or not control.name or not image.name:
+def _media(shown: ObjectTag) -> Media | None:
+    # Without the dollar sign, the value is an address and not a field of the task's data.
+    if not shown.name or not shown.value_name or not (shown.value or "").startswith("$"):
         return None
-    if control.tag == "RectangleLabels":
-        labels = _labels(control)
-        if not labels:
-            return None
-        return BoxControl(
-            "rectanglelabels",
-            control.name,
-            control.name,
-            image.name,
-            key,
-            labels,
-            _threshold(control),
-        )
-    other = labels_of.get(image.name)
-    if control.tag == "Rectangle" and other is not None and other.name:
-        return BoxControl(
-            "rectangle+labels",
-            control.name,
-            other.name,
-            image.name,
-            key,
-            _labels(other),
-            _threshold(control, other),
-        )
-    return None
+    return Media(str(shown.tag), shown.name, shown.value_name)
 
 
-def _labels(control: ControlTag) -> tuple[Label, ...]:
-    result = []
-    for tag in (control.labels_attrs or {}).values():
-        attributes = tag.attr or {}
-        name = attributes.get("value") or attributes.get("alias")
-        if not name:
-            continue
-        values = attributes.get("predicted_values", "").split(",")
-        result.append(
-            Label(
-                name,
-                attributes.get("alias") or None,
-                tuple(value.strip() for value in values if value.strip()),
-            )
-        )
-    return tuple(result)
-
-
-def _threshold(*controls: ControlTag) -> float | None:
-    for control in controls:
-        text = (control.attr or {}).get("model_score_threshold")
-        if text is None:
+def _controls(
+    kinds: Iterable[type[Control]], tag: ControlTag, media: Media, tags: Sequence[ControlTag]
+) -> Iterator[Control]:
+    for kind in kinds:
+        if kind.media_tag != media.tag:
             continue
         try:
-            value = float(text)
-        except ValueError:
-            value = -1.0
-        if not 0 <= value <= 1:
-            raise InvalidLabelConfig(
-                f'model_score_threshold="{text}" of {control.name} must be a number from 0 to 1'
-            )
-        return value
-    return None
+            control = kind.parse(tag, media, tags)
+        except ValueError as error:
+            raise InvalidLabelConfig(str(error)) from error
+        if control is not None:
+            yield control

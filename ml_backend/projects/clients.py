@@ -15,7 +15,8 @@ from collections.abc import Callable
 from sqlalchemy import update
 
 from ml_backend.label_studio.client import LabelStudioClient, LabelStudioError, NotFound
-from ml_backend.label_studio.images import DiskCache, ImageSource
+from ml_backend.label_studio.disk_cache import DiskCache
+from ml_backend.label_studio.images import ImageSource
 from ml_backend.projects.connectivity import Connectivity
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ml_backend.detection.decoding import UndecodableImage, decode_image
+from ml_backend.detection.decoding import UndecodableImage
 from ml_backend.jobs.outcomes import Refused
 from ml_backend.jobs.reports import Reporter
 from ml_backend.label_studio.client import LabelStudioClient
@@ -17,6 +17,7 @@ from ml_backend.label_studio.label_config import (
     LabelConfigError,
     parse_label_config,
 )
+from ml_backend.label_studio.media import read_image
 from ml_backend.projects.clients import Clients
 from ml_backend.reasons import Code, reason
 from ml_backend.settings import Settings
@@ -91,13 +92,8 @@ class PredictionParts:
         """Says why a task has no prediction: its images are read once more."""
         images = self.label_studios.images(project)
         try:
-            for data_key in config.controls_by_image():
-                value = task["data"].get(data_key)
-                if not isinstance(value, str) or not value:
-                    raise ImageUnavailable(f"its data has no image under {data_key!r}")
-                decode_image(
-                    images.fetch(task["id"], value), max_pixels=self.settings.image_max_pixels
-                )
+            for controls in config.controls_by_image().values():
+                read_image(images, task, controls[0], max_pixels=self.settings.image_max_pixels)
         except (ImageUnavailable, UndecodableImage) as error:
             return f"task {task['id']}: {error}"
         return f"task {task['id']}: the log says why"

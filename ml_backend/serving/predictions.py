@@ -13,11 +13,12 @@ import numpy as np
 
 from ml_backend.acquisition.control_group import is_blind
 from ml_backend.detection.costs import shown
-from ml_backend.detection.decoding import UndecodableImage, decode_image
+from ml_backend.detection.decoding import UndecodableImage
 from ml_backend.detection.types import Detections
+from ml_backend.label_studio.controls.base import Control
 from ml_backend.label_studio.images import ImageSource, ImageUnavailable
-from ml_backend.label_studio.label_config import BoxControl, LabelConfig, match_labels
-from ml_backend.label_studio.regions import write_regions
+from ml_backend.label_studio.label_config import LabelConfig, match_labels
+from ml_backend.label_studio.media import read_image
 from ml_backend.projects.clients import Clients
 from ml_backend.serving.counters import IMAGE_FAILURES, PREDICTED
 from ml_backend.serving.model_cache import LoadedModel, Models
@@ -143,13 +144,11 @@ class Serving:
         regions: list[dict[str, Any]] = []
         images_of_task: list[Detections] = []
         number = task.get("id")
-        for data_key, controls in config.controls_by_image().items():
+        for controls in config.controls_by_image().values():
             try:
-                value = task.get("data", {}).get(data_key)
-                if not isinstance(value, str) or not value:
-                    raise ImageUnavailable(f"its data has no image under {data_key!r}")
-                content = images.fetch(number if isinstance(number, int) else None, value)
-                image = decode_image(content, max_pixels=self._settings.image_max_pixels)
+                image = read_image(
+                    images, task, controls[0], max_pixels=self._settings.image_max_pixels
+                )
             except (ImageUnavailable, UndecodableImage) as error:
                 IMAGE_FAILURES.labels(type(error).__name__).inc()
                 _log.warning("task %s gets no prediction: %s", number, error)
@@ -201,7 +200,7 @@ class Serving:
 def _regions(
     model: LoadedModel,
     config: LabelConfig,
-    controls: Sequence[BoxControl],
+    controls: Sequence[Control],
     candidates: Detections,
     width: int,
     height: int,
@@ -210,7 +209,7 @@ def _regions(
     names = _names(model, config)
     learned = np.array([model.thresholds.get(label, np.inf) for label in model.labels])
     by_label = np.full(len(model.labels), np.inf)
-    drawn_by: dict[int, BoxControl] = {}
+    drawn_by: dict[int, Control] = {}
     for index, name in enumerate(names):
         control = next((c for c in controls if name in {o.output for o in c.labels}), None)
         if control is None or not np.isfinite(learned[index]):
@@ -224,13 +223,8 @@ def _regions(
     for control in controls:
         mine = [i for i, drawer in drawn_by.items() if drawer is control]
         chosen = kept.where(np.isin(kept.labels, mine))
-        result += write_regions(
-            chosen.boxes,
-            chosen.scores,
-            [names[i] or "" for i in chosen.labels.tolist()],
-            control,
-            width,
-            height,
+        result += control.write_regions(
+            chosen, [names[i] or "" for i in chosen.labels.tolist()], width, height
         )
     return result
 

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from ml_backend.acquisition.acquisition import STRATEGIES
-from ml_backend.datasets.datasets import DatasetError, LabelledData
+from ml_backend.datasets.types import DatasetError, LabelledData
 from ml_backend.detection.decoding import UndecodableImage, decode_image
 from ml_backend.detection.device import resolve_device
 from ml_backend.detection.types import Sample

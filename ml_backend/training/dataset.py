@@ -24,9 +24,10 @@ from sqlalchemy import cast as sql_cast
 from ml_backend.acquisition.acquisition import is_left_to_chance
 from ml_backend.detection.decoding import UndecodableImage, decode_image
 from ml_backend.detection.types import Sample
+from ml_backend.label_studio.controls.base import Control
 from ml_backend.label_studio.images import ImageSource, ImageUnavailable
-from ml_backend.label_studio.label_config import BoxControl, LabelConfig
-from ml_backend.label_studio.regions import read_regions
+from ml_backend.label_studio.label_config import LabelConfig
+from ml_backend.label_studio.media import media_of
 from ml_backend.reasons import Code, Reason, reason
 from ml_backend.store.database import Database, in_chunks
 from ml_backend.store.tables import Annotation, Project, Task
@@ -118,7 +119,7 @@ def build_dataset(
     total = len(chosen) * len(images_of_task)
     done = 0
 
-    def fetch(entry: tuple[Task, Annotation, tuple[BoxControl, ...]]) -> _Fetched | str:
+    def fetch(entry: tuple[Task, Annotation, tuple[Control, ...]]) -> _Fetched | str:
         nonlocal done
         task, annotation, controls = entry
         try:
@@ -216,16 +217,14 @@ def _read(database: Database, chosen: Sequence[int]) -> Iterator[list[tuple[Task
 def _fetch(
     task: Task,
     annotation: Annotation,
-    controls: Sequence[BoxControl],
+    controls: Sequence[Control],
     config: LabelConfig,
     images: ImageSource,
     folder: Path,
     max_pixels: int,
 ) -> _Fetched:
     data_key = controls[0].data_key
-    value = task.data.get(data_key)
-    if not isinstance(value, str):
-        raise ImageUnavailable(f"the task's data has no image under {data_key!r}")
+    value = media_of(task.data, controls[0])
     content = images.fetch(task.label_studio_id, value)
     # A key may have slashes.
     path = folder / quote(f"{task.label_studio_id}-{data_key}", safe="")
@@ -237,9 +236,9 @@ def _fetch(
     dropped: list[str] = []
     size = np.array([image.width, image.height] * 2, np.float32)
     for control in controls:
-        regions = read_regions(annotation.result, control)
-        dropped += regions.dropped
-        for box in regions.boxes:
+        read = control.read_regions(annotation.result)
+        dropped += read.dropped
+        for box in read.regions:
             boxes.append([box.x1, box.y1, box.x2, box.y2])
             labels.append(config.labels.index(box.label))
     return _Fetched(

@@ -24,7 +24,6 @@ from ml_backend.store.states import JobKind, JobState
 from ml_backend.store.tables import Job, ModelVersion, Project
 from ml_backend.training.promotion import Verdict, Versions
 
-
 _log = logging.getLogger(__name__)
 
 

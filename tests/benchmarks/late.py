@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ml_backend.datasets.datasets import read_dataset
+from ml_backend.datasets.reader import read_dataset
 from ml_backend.detection.device import resolve_device
 from ml_backend.detection.types import Sample
 from ml_backend.settings import load_settings

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from ml_backend.datasets.datasets import read_dataset
+from ml_backend.datasets.reader import read_dataset
 from ml_backend.detection.detector import Detector
 from ml_backend.detection.evaluation import bootstrap_interval, evaluate
 from ml_backend.detection.presets import preset_named
