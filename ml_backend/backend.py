@@ -15,8 +15,9 @@ from ml_backend.projects.connection_title import InStep
 from ml_backend.projects.ingest import Ingest
 from ml_backend.serving.stale_predictions import Tidy
 from ml_backend.settings import Settings, SettingsError
+from ml_backend.store.artefacts import ArtefactStore
 from ml_backend.store.database import Database, SchemaError
-from ml_backend.store.registry import Registry
+from ml_backend.store.open_artefacts import open_artefact_store
 from ml_backend.training.promotion import Versions
 from ml_backend.worker.worker import Tasks, Worker, make_queue
 
@@ -67,9 +68,9 @@ class Backend:
         return database
 
     @functools.cached_property
-    def registry(self) -> Registry:
+    def artefacts(self) -> ArtefactStore:
         """The artefacts of model versions."""
-        return Registry(self.settings.model_dir)
+        return open_artefact_store(self.settings)
 
     @functools.cached_property
     def label_studios(self) -> LabelStudios:
@@ -90,7 +91,7 @@ class Backend:
     @functools.cached_property
     def versions(self) -> Versions:
         """Model versions, and which is live."""
-        return Versions(self.database, self.registry)
+        return Versions(self.database, self.artefacts)
 
     @functools.cached_property
     def tasks(self) -> Tasks:
@@ -102,7 +103,7 @@ class Backend:
         """Loaded detectors; follows promotions from the first use on."""
         from ml_backend.serving.model_cache import Models
 
-        models = Models(self.settings, self.database, self.registry)
+        models = Models(self.settings, self.database, self.artefacts)
         threading.Thread(target=models.watch, name="models", daemon=True).start()
         return models
 

@@ -27,8 +27,8 @@ from sqlalchemy import func, select
 from sqlalchemy.exc import DatabaseError
 
 from ml_backend.settings import Settings, SettingsError, load_settings
+from ml_backend.store.artefacts import VersionMissing
 from ml_backend.store.database import is_outside
-from ml_backend.store.registry import VersionMissing
 from ml_backend.store.tables import Job, Project
 
 if TYPE_CHECKING:
@@ -248,7 +248,7 @@ def doctor(
     settings, backend = _backend()
     marks = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "error": "[red]✗[/]"}
     findings = []
-    doctor = Doctor(settings, backend.database, backend.registry, backend.label_studios)
+    doctor = Doctor(settings, backend.database, backend.artefacts, backend.label_studios)
     for finding in doctor.examine(project):
         findings.append(finding)
         if not as_json:
@@ -673,7 +673,7 @@ def _migrate(settings: Settings) -> None:
     backend.database.close()
     # Another server on the folder may train: what it is writing is not left over.
     with suppress(Timeout), turn(settings, "train"):
-        backend.registry.sweep()
+        backend.artefacts.sweep()
 
 
 def _say_what_is_missing(settings: Settings, device: str) -> None:

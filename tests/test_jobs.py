@@ -30,7 +30,7 @@ from ml_backend.label_studio.events import (
 from ml_backend.projects.ingest import Ingest
 from ml_backend.settings import load_settings
 from ml_backend.store.database import Database
-from ml_backend.store.registry import Registry
+from ml_backend.store.artefacts import ArtefactStore
 from ml_backend.store.tables import Job, Project, now
 from ml_backend.training.promotion import Verdict, Versions
 
@@ -45,7 +45,7 @@ class Loop:
         self.database = Database(url)
         self.database.migrate()
         self.ingest = Ingest(self.database)
-        self.versions = Versions(self.database, Registry(folder))
+        self.versions = Versions(self.database, ArtefactStore(folder))
         chosen = {
             "MODEL_DIR": str(folder),
             "ML_BACKEND_TRAIN_MIN": "10",

@@ -43,7 +43,7 @@ class Loaded:
             "ML_BACKEND_DEVICE": "cpu",
         }
         self.backend = Backend(load_settings(settings))
-        self.models = Models(self.backend.settings, self.backend.database, self.backend.registry)
+        self.models = Models(self.backend.settings, self.backend.database, self.backend.artefacts)
         self._detectors: list[weakref.ref[Detector]] = []
         self._threads: list[threading.Thread] = []
         load = Detector.load
@@ -168,7 +168,7 @@ def test_a_version_with_a_damaged_part_serves_again_once_that_is_restored(
     monkeypatch.setattr(module, "_RETRY", 1.0)
     loaded.learn(1)
     project = loaded.learn(1, "v2")
-    path = loaded.backend.registry.existing(project.key, "v2") / file
+    path = loaded.backend.artefacts.existing(project.key, "v2") / file
     whole = path.read_bytes() if path.exists() else None
     path.write_text(content)
     loaded.use(project)

@@ -18,7 +18,7 @@ from ml_backend.label_studio.events import InvalidEvent
 from ml_backend.label_studio.label_config import LabelConfigError
 from ml_backend.projects.find import ProjectNotFound
 from ml_backend.store.database import is_outside
-from ml_backend.store.registry import VersionMissing
+from ml_backend.store.artefacts import VersionMissing
 
 _log = logging.getLogger(__name__)
 _PHRASE = 400

@@ -40,7 +40,7 @@ def main(job_id: int, parent: int) -> int:
             backend.jobs.hold(job, progress=fraction, reason=words)
 
     run = TrainingRun(
-        backend.settings, backend.database, backend.registry, backend.label_studios, tell
+        backend.settings, backend.database, backend.artefacts, backend.label_studios, tell
     )
     try:
         outcome = run.run(job.project_id)

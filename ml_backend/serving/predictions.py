@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ml_backend.acquisition.control_group import is_blind
+from ml_backend.acquisition.control_group import is_control
 from ml_backend.detection.costs import shown
 from ml_backend.detection.decoding import UndecodableImage, decode_image
 from ml_backend.detection.types import Detections
@@ -116,7 +116,7 @@ class Serving:
                     break
                 job = self._pool.submit(self._one, model, images, config, tasks[index])
                 # It may go on beyond the deadline.
-                model.hold()
+                model.acquire()
                 job.add_done_callback(lambda _: model.release())
                 running[job] = index
             left = deadline - time.monotonic()
@@ -172,8 +172,8 @@ class Serving:
                 return None
             images_of_task.append(candidates)
             regions += _regions(model, config, controls, candidates, width, height)
-        blind = isinstance(number, int) and is_blind(number, self._settings.blind_share)
-        return _Found([] if blind else regions, images_of_task)
+        in_control = isinstance(number, int) and is_control(number, self._settings.blind_share)
+        return _Found([] if in_control else regions, images_of_task)
 
     @staticmethod
     def _score(

@@ -25,8 +25,8 @@ from ml_backend.projects.clients import LabelStudios
 from ml_backend.projects.ingest import Ingest
 from ml_backend.projects.reconcile import reconcile
 from ml_backend.settings import Settings
+from ml_backend.store.artefacts import ArtefactStore, VersionMissing
 from ml_backend.store.database import Database
-from ml_backend.store.registry import Registry, VersionMissing
 from ml_backend.store.tables import Project
 from ml_backend.training.artefact import load_artefact
 from ml_backend.training.dataset import Dataset, build_dataset
@@ -72,7 +72,7 @@ class TrainingRun:
     Args:
         settings: budget, preset, weights, device.
         database: where the annotations are.
-        registry: receives the version.
+        artefacts: receives the version.
         label_studios: where annotations and images are read.
         on_progress: told the fraction done and a sentence; may raise to stop.
     """
@@ -81,15 +81,15 @@ class TrainingRun:
         self,
         settings: Settings,
         database: Database,
-        registry: Registry,
+        artefacts: ArtefactStore,
         label_studios: LabelStudios,
         on_progress: Callable[[float, str], None],
     ) -> None:
         self._settings = settings
         self._database = database
-        self._registry = registry
+        self._artefacts = artefacts
         self._label_studios = label_studios
-        self._versions = Versions(database, registry)
+        self._versions = Versions(database, artefacts)
         self._progress = on_progress
 
     def run(self, project_id: int) -> Outcome:
@@ -182,7 +182,7 @@ class TrainingRun:
             lesson.reference.save(folder)
             save_out_of_fold(folder, dataset.labels, lesson.out_of_fold)
 
-        self._registry.publish(project.key, name, write, card)
+        self._artefacts.publish(project.key, name, write, card)
         verdict = self._versions.record(
             project.id,
             name,
@@ -198,7 +198,7 @@ class TrainingRun:
         if project.live_version is None:
             return None
         try:
-            folder = self._registry.existing(project.key, project.live_version)
+            folder = self._artefacts.existing(project.key, project.live_version)
             live = load_artefact(folder, device)
         except (VersionMissing, CorruptDetector) as error:
             # It cannot serve either: whatever the new version can do is better.
@@ -208,7 +208,7 @@ class TrainingRun:
 
     def _name(self, project: Project, dataset: Dataset, lesson: Lesson) -> str:
         number = self._versions.count(project.id) + 1
-        # The tail keeps it apart from a version of the same number whose registry was lost:
+        # The tail keeps it apart from a version of the same number whose artefacts were lost:
         # Label Studio may still hold predictions under that name.
         return (
             f"v{number}-{lesson.detector.preset.name}-{dataset.tasks}tasks"
