@@ -457,7 +457,8 @@ def simulate(
         Path, typer.Argument(help="Labelled images: COCO, Pascal VOC, YOLO, or an export.")
     ],
     strategies: Annotated[
-        str, typer.Option(help="What is asked next: diverse, uncertainty, random.")
+        str,
+        typer.Option(help="Names of strategies, as in ML_BACKEND_STRATEGY, commas between them."),
     ] = "diverse,random",
     seeds: Annotated[str, typer.Option(help="One campaign of each strategy for each.")] = "0",
     prices: Annotated[str, typer.Option(help="Seconds that drawing a box takes.")] = "7,27.6",
@@ -477,15 +478,18 @@ def simulate(
     settings = _settings()
     _checked_device(settings)
     from ml_backend.datasets.datasets import DatasetError, read_dataset
+    from ml_backend.progress_output import ProgressReporter
     from ml_backend.simulation.chart import check_picture, draw_campaigns
     from ml_backend.simulation.report import (
         Plan,
         as_dict,
-        curves,
+        describe_curves,
+        describe_round,
+        keep_decodable,
         run,
         summary_table,
-        usable,
     )
+    from ml_backend.simulation.results import Round
 
     try:
         plan = Plan(
@@ -503,14 +507,13 @@ def simulate(
     interrupted = False
     try:
         data = read_dataset(dataset)
-        with Progress(console=_err) as progress:
-            bar = progress.add_task("", total=1.0)
+        with ProgressReporter(_err) as progress:
 
-            def tell(fraction: float, words: str) -> None:
-                progress.update(bar, completed=fraction, description=escape(words))
+            def on_round(campaign: str, seed: int, finished: Round) -> None:
+                progress.milestone(describe_round(campaign, seed, finished))
 
-            data = usable(data, settings, tell)
-            for campaign in run(plan, settings, data, tell):
+            data = keep_decodable(data, settings, progress.update)
+            for campaign in run(plan, settings, data, progress.update, on_round):
                 campaigns.append(campaign)
     except DatasetError as error:
         raise _fail(str(error)) from None
@@ -525,7 +528,7 @@ def simulate(
         for reason, count in data.left_out.items():
             _err.print(f"left out: {count} × {escape(reason)}", soft_wrap=True, highlight=False)
         _out.print(summary_table(plan, campaigns))
-        for line in curves(campaigns):
+        for line in describe_curves(campaigns):
             _out.print(escape(line), soft_wrap=True, highlight=False)
     try:
         draw_campaigns(campaigns, f"{dataset.name}: {len(data.samples)} images", picture)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ml_backend.store.artefacts import ArtefactStore, StoreUnavailable, VersionMissing
+from ml_backend.store.artefacts import ArtefactStore, VersionMissing
 
 
 def _write(folder: Path) -> None:

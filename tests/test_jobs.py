@@ -29,8 +29,8 @@ from ml_backend.label_studio.events import (
 )
 from ml_backend.projects.ingest import Ingest
 from ml_backend.settings import load_settings
-from ml_backend.store.database import Database
 from ml_backend.store.artefacts import ArtefactStore
+from ml_backend.store.database import Database
 from ml_backend.store.tables import Job, Project, now
 from ml_backend.training.promotion import Verdict, Versions
 

@@ -29,7 +29,7 @@ LAYERS = (
     # Composes.
     {"backend"},
     # The doors.
-    {"wording"},
+    {"wording", "progress_output"},
     {"model", "programs", "http"},
     {"adapter", "cli", "demo"},
 )

@@ -13,8 +13,8 @@ from sqlalchemy.exc import IntegrityError
 
 from ml_backend.detection.evaluation import ClassChange, ClassQuality, Comparison, Evaluation
 from ml_backend.projects.ingest import Ingest
-from ml_backend.store.database import Database
 from ml_backend.store.artefacts import ArtefactStore, VersionMissing
+from ml_backend.store.database import Database
 from ml_backend.store.tables import ModelVersion, Project
 from ml_backend.training.promotion import (
     BAD_FALL,

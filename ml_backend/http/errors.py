@@ -17,8 +17,8 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 from ml_backend.label_studio.events import InvalidEvent
 from ml_backend.label_studio.label_config import LabelConfigError
 from ml_backend.projects.find import ProjectNotFound
-from ml_backend.store.database import is_outside
 from ml_backend.store.artefacts import VersionMissing
+from ml_backend.store.database import is_outside
 
 _log = logging.getLogger(__name__)
 _PHRASE = 400
