@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ml_backend.store.artefacts import ArtefactStore, VersionMissing
+from ml_backend.store.artefacts import ArtefactStore, StoreUnavailable, VersionMissing
 
 
 def _write(folder: Path) -> None:
@@ -51,3 +51,18 @@ def test_existing_missing_version_is_named(tmp_path: Path) -> None:
 def test_folder_name_that_leads_out_of_the_store_raises(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="cannot name"):
         ArtefactStore(tmp_path).folder("1.5", name)
+
+
+def test_check_missing_version_raises(tmp_path: Path) -> None:
+    store = ArtefactStore(tmp_path)
+    store.publish("1.5", "v1", _write, {})
+    store.check("1.5", "v1")
+    with pytest.raises(VersionMissing, match="v7"):
+        store.check("1.5", "v7")
+
+
+def test_probe_folder_that_cannot_be_written_names_setting_and_remedy(tmp_path: Path) -> None:
+    assert str(tmp_path) in ArtefactStore(tmp_path).probe()
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(StoreUnavailable, match=r"ML_BACKEND_ARTEFACTS_URL: .*file.* name a folder"):
+        ArtefactStore(tmp_path / "file").probe()
