@@ -22,7 +22,7 @@ from ml_backend.training.promotion import Versions
 from ml_backend.worker.worker import Tasks, Worker, make_queue
 
 if TYPE_CHECKING:
-    from ml_backend.serving.model_cache import Models
+    from ml_backend.serving.model_cache import ModelCache
     from ml_backend.serving.predictions import Serving
 
 
@@ -99,11 +99,11 @@ class Backend:
         return Tasks(make_queue(self.settings))
 
     @functools.cached_property
-    def models(self) -> Models:
-        """Loaded detectors; follows promotions from the first use on."""
-        from ml_backend.serving.model_cache import Models
+    def models(self) -> ModelCache:
+        """The cache of loaded detectors; follows promotions from the first use on."""
+        from ml_backend.serving.model_cache import ModelCache
 
-        models = Models(self.settings, self.database, self.artefacts)
+        models = ModelCache(self.settings, self.database, self.artefacts)
         threading.Thread(target=models.watch, name="models", daemon=True).start()
         return models
 

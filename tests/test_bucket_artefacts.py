@@ -17,7 +17,7 @@ from PIL import Image
 from ml_backend.backend import Backend
 from ml_backend.detection.detector import Detector
 from ml_backend.detection.presets import PRESETS
-from ml_backend.serving.model_cache import Models
+from ml_backend.serving.model_cache import ModelCache
 from ml_backend.settings import SettingsError, load_settings
 from ml_backend.store.artefacts import ArtefactStore, StoreUnavailable, VersionMissing
 from ml_backend.store.bucket_artefacts import BucketArtefactStore
@@ -367,7 +367,7 @@ def _host(folder: Path, url: str, database: Path) -> Backend:
     )
 
 
-def _predicts(models: Models, project: Project) -> bool:
+def _predicts(models: ModelCache, project: Project) -> bool:
     with models.using(project) as model:
         if model is None:
             return False
@@ -386,7 +386,7 @@ def test_serving_bucket_unreachable_goes_on_with_cached_versions(
     detector.thresholds = {"car": 0.0}
     make_live(trainer, detector, "v1", key=KEY, label_config=CONFIG)
     project = trainer.ingest.introduce(KEY, 1, label_config=CONFIG)
-    models = [Models(b.settings, b.database, b.artefacts) for b in (server, restarted, new)]
+    models = [ModelCache(b.settings, b.database, b.artefacts) for b in (server, restarted, new)]
     serving, after_restart, empty_cache = models
     assert _predicts(serving, project)
     _cut_off(monkeypatch)

@@ -95,7 +95,7 @@ class LoadedModel:
         return True
 
 
-class Models:
+class ModelCache:
     """Loaded models by project. Each runs in a thread of its own; a lock shares the device.
 
     Args:

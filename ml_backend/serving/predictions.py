@@ -20,7 +20,7 @@ from ml_backend.label_studio.label_config import BoxControl, LabelConfig, match_
 from ml_backend.label_studio.regions import write_regions
 from ml_backend.projects.clients import LabelStudios
 from ml_backend.serving.counters import IMAGE_FAILURES, PREDICTED
-from ml_backend.serving.model_cache import LoadedModel, Models
+from ml_backend.serving.model_cache import LoadedModel, ModelCache
 from ml_backend.settings import Settings
 from ml_backend.store.tables import Project
 
@@ -60,7 +60,7 @@ class _Found:
 class Serving:
     """Predicts for the tasks of any project."""
 
-    def __init__(self, settings: Settings, models: Models, label_studios: LabelStudios) -> None:
+    def __init__(self, settings: Settings, models: ModelCache, label_studios: LabelStudios) -> None:
         self._settings = settings
         self._models = models
         self._label_studios = label_studios

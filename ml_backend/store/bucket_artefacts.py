@@ -6,6 +6,9 @@
 
 Each host keeps the versions that it has used in a cache below its own `MODEL_DIR`, in the layout
 of `ArtefactStore`; a cached version is read without asking the bucket.
+
+An upload of more than 100 MB has several parts; parts of a killed upload are invisible, and only a
+lifecycle rule of the bucket ("abort incomplete multipart uploads") deletes them.
 """
 
 from __future__ import annotations
