@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -290,21 +289,10 @@ def test_diverse_20000_training_images_takes_less_than_300_mib() -> None:
     assert float(_run(PEAK_MEMORY)) < 300
 
 
-class LargestFirst:
-    """A strategy as a package of others would add one: asks for large objects first."""
-
-    def __init__(self, reference: Reference, version: str) -> None:
-        self.version = version
-
-    def score(self, tasks: Sequence[int | None], candidates: Sequence[Detections]) -> list[float]:
-        """Scores by the widest box."""
-        return [float(1 / (1 + (c.boxes[:, 2] - c.boxes[:, 0]).max(initial=0))) for c in candidates]
-
-
 def test_strategy_added_to_the_registry_is_known_to_settings_and_simulate(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    paths = {**STRATEGIES.paths, "largest": f"{__name__}:LargestFirst"}
+    paths = {**STRATEGIES.paths, "largest": "tests.largest_first:LargestFirst"}
     monkeypatch.setattr(STRATEGIES, "paths", paths)
     settings = load_settings({"ML_BACKEND_STRATEGY": "largest"})
     Plan(("largest",), (0,), (7.0,), story=False, stop_after=None)
@@ -324,7 +312,7 @@ print(make_strategy(name, Reference.unknown(1), "v9", 0.0).version)
 
 
 def test_strategy_of_an_installed_package_is_made_by_its_entry_point(tmp_path: Path) -> None:
-    (tmp_path / "largest.py").write_text("from tests.test_acquisition import LargestFirst\n")
+    (tmp_path / "largest.py").write_text("from tests.largest_first import LargestFirst\n")
     about = tmp_path / "largest-1.0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: largest\nVersion: 1.0\n")

@@ -150,6 +150,18 @@ def _assert_a_line_for_each_round(stderr: str, report: dict[str, Any]) -> None:
             assert ("not promoted" in line) is not finished["promoted"]
 
 
+def test_simulate_without_terminal_prints_a_line_for_each_round_on_stderr(tmp_path: Path) -> None:
+    _as_coco(tmp_path, _samples(tmp_path, 12, seed=5))
+    picture = str(tmp_path / "curves.png")
+    arguments = ["--strategies", "random", "--no-story", "--picture", picture, "--json"]
+    quick = {"ML_BACKEND_PRESET": "tests.quick:PRESET", "ML_BACKEND_WEIGHTS": "none"}
+    done = _simulate(str(tmp_path), *arguments, **quick, ML_BACKEND_TRAIN_MIN="10")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert [len(campaign["rounds"]) for campaign in report["campaigns"]] == [1]
+    _assert_a_line_for_each_round(done.stderr, report)
+
+
 def test_simulate_unknown_strategy_or_missing_data_set_is_named(tmp_path: Path) -> None:
     wrong = _simulate(str(tmp_path), "--strategies", "clever", ML_BACKEND_WEIGHTS="none")
     assert wrong.returncode == 2
