@@ -18,8 +18,9 @@ from ml_backend.projects.clients import Clients
 from ml_backend.projects.connection_title import ConnectionTitle
 from ml_backend.projects.ingest import Ingest
 from ml_backend.settings import Settings, SettingsError
+from ml_backend.store.artefacts import ArtefactStore
 from ml_backend.store.database import Database, SchemaError
-from ml_backend.store.registry import Registry
+from ml_backend.store.open_artefacts import open_artefact_store
 from ml_backend.store.tables import Job
 from ml_backend.training.promotion import Versions
 from ml_backend.worker.engine import QueueEngine
@@ -31,7 +32,7 @@ from ml_backend.worker.worker import Worker
 
 if TYPE_CHECKING:
     from ml_backend.serving.job_parts import PredictionParts
-    from ml_backend.serving.model_cache import Models
+    from ml_backend.serving.model_cache import ModelCache
     from ml_backend.serving.predictions import Serving
 
 
@@ -82,9 +83,9 @@ class Backend:
         return database
 
     @functools.cached_property
-    def registry(self) -> Registry:
+    def artefacts(self) -> ArtefactStore:
         """The artefacts of model versions."""
-        return Registry(self.settings.model_dir)
+        return open_artefact_store(self.settings)
 
     @functools.cached_property
     def label_studios(self) -> Clients:
@@ -116,14 +117,14 @@ class Backend:
     @functools.cached_property
     def versions(self) -> Versions:
         """Model versions, and which is live."""
-        return Versions(self.database, self.registry)
+        return Versions(self.database, self.artefacts)
 
     @functools.cached_property
-    def models(self) -> Models:
-        """Loaded detectors; follows promotions from the first use on."""
-        from ml_backend.serving.model_cache import Models
+    def models(self) -> ModelCache:
+        """The cache of loaded detectors; follows promotions from the first use on."""
+        from ml_backend.serving.model_cache import ModelCache
 
-        models = Models(self.settings, self.database, self.registry)
+        models = ModelCache(self.settings, self.database, self.artefacts)
         threading.Thread(target=models.watch, name="models", daemon=True).start()
         return models
 
@@ -171,7 +172,7 @@ class Backend:
             self.requests,
             self.queue,
             self.versions,
-            self.registry,
+            self.artefacts,
         )
         return JobRun(job, self.database, self.jobs, results, self.label_studios, stopping)
 

@@ -90,7 +90,15 @@ def load_path(kind: str, path: str) -> Any:
 
 
 PRESETS = Registry("preset", "ml_backend.presets", {})
-STRATEGIES = Registry("strategy", "ml_backend.strategies", {})
+STRATEGIES = Registry(
+    "strategy",
+    "ml_backend.strategies",
+    {
+        "diverse": "ml_backend.acquisition.strategies.diverse:Diverse",
+        "uncertainty": "ml_backend.acquisition.strategies.uncertainty:Uncertainty",
+        "random": "ml_backend.acquisition.strategies.random:Random",
+    },
+)
 CONTROLS = Registry(
     "control",
     "ml_backend.controls",

@@ -21,6 +21,8 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
+from ml_backend.extensions import STRATEGIES
+
 DEFAULT_FILE = Path("config/default.env")
 """Read from the working directory where it exists, unless `ML_BACKEND_CONFIG` names another."""
 
@@ -68,6 +70,7 @@ class Settings(BaseSettings):
     model_dir: Path = _named("MODEL_DIR", Path("data"))
     database_url: str | None = _named("DATABASE_URL", None)
     host_name: str = _named("ML_BACKEND_HOST_NAME", "")
+    artefacts_url: str | None = _named("ML_BACKEND_ARTEFACTS_URL", None)
 
     # The detector
     preset: str = _named("ML_BACKEND_PRESET", "auto")
@@ -92,7 +95,7 @@ class Settings(BaseSettings):
     keep_versions: int = _named("ML_BACKEND_KEEP_VERSIONS", 5, ge=1)
 
     # What is asked next, and what is drawn
-    strategy: Literal["diverse", "uncertainty", "random"] = _named("ML_BACKEND_STRATEGY", "diverse")
+    strategy: str = _named("ML_BACKEND_STRATEGY", "diverse")
     random_share: float = _named("ML_BACKEND_RANDOM_SHARE", 0.1, ge=0, le=1)
     auto_label: bool = _named("ML_BACKEND_AUTO_LABEL", True)
     auto_label_shard: int = _named("ML_BACKEND_AUTO_LABEL_SHARD", 2000, ge=1)
@@ -146,6 +149,28 @@ class Settings(BaseSettings):
                 "(package.module:name)"
             )
         return value
+
+    @field_validator("strategy")
+    @classmethod
+    def _known_strategy(cls, value: str) -> str:
+        if value not in STRATEGIES:
+            raise ValueError(f"must be one of {', '.join(STRATEGIES)}")
+        return value
+
+    @field_validator("artefacts_url")
+    @classmethod
+    def _artefact_store(cls, value: str | None) -> str | None:
+        if value is None or "://" not in value:
+            return value
+        scheme, _, rest = value.partition("://")
+        if scheme not in {"s3", "gs"} or not rest.partition("/")[0]:
+            raise ValueError("must be a folder, s3://bucket/prefix or gs://bucket/prefix")
+        if "@" in rest.partition("/")[0]:
+            raise ValueError(
+                "must hold no credentials: the environment gives them, AWS_ACCESS_KEY_ID or "
+                "GOOGLE_APPLICATION_CREDENTIALS for example"
+            )
+        return value.rstrip("/")
 
     @field_validator("weights")
     @classmethod

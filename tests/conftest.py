@@ -282,7 +282,7 @@ def make_live(
         "data": {"tasks": 5, "boxes": counts},
         "metrics": {"map50": 0.5, "map50_interval": {"low": 0.4, "high": 0.6}},
     }
-    folder = backend.registry.publish(key, name, detector.save, card)
+    folder = backend.artefacts.publish(key, name, detector.save, card)
     verdict = Verdict(promote=True, reason=reason(Code.FIRST_VERSION, ap50=0.5))
     parent = project.live_version
     with backend.database.session() as session:

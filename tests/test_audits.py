@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from ml_backend.acquisition.control_group import is_blind
+from ml_backend.acquisition.control_group import is_control
 from ml_backend.audits.audits import AWAY, Boxes
 from ml_backend.backend import Backend
 from ml_backend.demo.label_studio_server import LabelStudioServer, free_port
@@ -325,19 +325,19 @@ def test_a_rectangle_and_its_label_are_one_box(
 
 
 def test_blind_tasks_stay_what_they_are() -> None:
-    tenth = {task for task in range(10_000) if is_blind(task, 0.1)}
+    tenth = {task for task in range(10_000) if is_control(task, 0.1)}
     assert 900 < len(tenth) < 1100
-    assert tenth < {task for task in range(10_000) if is_blind(task, 0.2)}
-    assert not any(is_blind(task, 0.0) for task in range(1000))
-    assert all(is_blind(task, 1.0) for task in range(1000))
+    assert tenth < {task for task in range(10_000) if is_control(task, 0.2)}
+    assert not any(is_control(task, 0.0) for task in range(1000))
+    assert all(is_control(task, 1.0) for task in range(1000))
 
 
 def test_hours_saved_are_measured_against_work_without_boxes(
     label_studio: LabelStudioServer, tmp_path: Path
 ) -> None:
     site = Site(label_studio, tmp_path, 40, ML_BACKEND_BLIND_SHARE="0.5")
-    blind = [task for task in site.tasks if is_blind(task, 0.5)]
-    others = [task for task in site.tasks if not is_blind(task, 0.5)]
+    blind = [task for task in site.tasks if is_control(task, 0.5)]
+    others = [task for task in site.tasks if not is_control(task, 0.5)]
     assert len(blind) >= 6
     assert len(others) >= 4
     drawn = [box("a", origin="manual"), box("b", origin="manual")]

@@ -200,7 +200,7 @@ class Site:
     def findings(self) -> dict[str, Finding]:
         """What `doctor` finds, asking anew."""
         again = Backend(load_settings(self.settings))
-        doctor = Doctor(again.settings, again.database, again.registry, again.label_studios)
+        doctor = Doctor(again.settings, again.database, again.artefacts, again.label_studios)
         return {finding.what: finding for finding in doctor.examine(self.number)}
 
 

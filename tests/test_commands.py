@@ -245,7 +245,7 @@ def test_a_live_version_that_cannot_be_loaded_is_found(run: Run, backend: Backen
     _learn(backend, "v1")
     _learn(backend, "v2")
     assert f"project {KEY}: v2 loads" in run("doctor").out
-    file = backend.registry.existing(KEY, "v2") / "model.safetensors"
+    file = backend.artefacts.existing(KEY, "v2") / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     said = run("doctor")
     assert said.status == 1

@@ -187,7 +187,7 @@ def test_whatever_is_killed_nothing_is_lost_doubled_or_stuck(
                     )
                 ).all()
                 assert live == project.live_version
-                folder = seen.registry.existing(project.key, live)
+                folder = seen.artefacts.existing(project.key, live)
                 Detector.load(folder, torch.device("cpu"))
 
     chance = random.Random(0)

@@ -99,7 +99,7 @@ def test_apply_end_done_of_a_training_makes_its_version_live(loop: Loop) -> None
 
 def test_apply_end_of_a_training_again_raises_and_keeps_its_version(loop: Loop) -> None:
     key = loop.project().key
-    folder = loop.backend.registry.publish(key, "v1", lambda _: None, {})
+    folder = loop.backend.artefacts.publish(key, "v1", lambda _: None, {})
     run = loop.run_of(loop.started())
     result = {"card": {}, "promote": True, "parent": None, "revision": 10}
     end = End.of(Done(reason(Code.FIRST_VERSION, ap50=0.5), version="v1", result=result))

@@ -72,7 +72,7 @@ def _one_is_live_and_loads(backend: Backend) -> str:
     for version in versions:
         # What can be rolled back to is there as well, whole.
         if version.state != "pruned":
-            Detector.load(backend.registry.existing(project.key, version.name), CPU)
+            Detector.load(backend.artefacts.existing(project.key, version.name), CPU)
     return live
 
 
@@ -173,7 +173,7 @@ def test_a_training_killed_anywhere_leaves_one_version_live(tmp_path: Path) -> N
         # What its worker does.
         backend.jobs.try_again(job, "the training was killed", wait=0)
         assert ended(job) in {"queued", "failed", "done"}
-    backend.registry.sweep()
+    backend.artefacts.sweep()
     last = asked_for()
     steps.count(last)
     assert ended(last) == "done"

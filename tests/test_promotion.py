@@ -13,8 +13,8 @@ from sqlalchemy.exc import IntegrityError
 
 from ml_backend.detection.evaluation import ClassChange, ClassQuality, Comparison, Evaluation
 from ml_backend.projects.ingest import Ingest
+from ml_backend.store.artefacts import ArtefactStore, VersionMissing
 from ml_backend.store.database import Database
-from ml_backend.store.registry import Registry, VersionMissing
 from ml_backend.store.tables import ModelVersion, Project
 from ml_backend.training.promotion import (
     BAD_FALL,
@@ -117,8 +117,8 @@ class Versioned:
         self.database = Database(url)
         self.database.migrate()
         self.folder = folder
-        self.registry = Registry(folder)
-        self.versions = Versions(self.database, self.registry)
+        self.artefacts = ArtefactStore(folder)
+        self.versions = Versions(self.database, self.artefacts)
         self.id = Ingest(self.database).introduce(KEY, 1, label_config="<View/>").id
 
     def add(self, name: str, verdict: Verdict = BETTER, *, revision: int = 1) -> None:
@@ -133,7 +133,7 @@ class Versioned:
         def write(folder: Path) -> None:
             (folder / "model.safetensors").write_bytes(name.encode())
 
-        self.registry.publish(KEY, name, write, {"version": name})
+        self.artefacts.publish(KEY, name, write, {"version": name})
         return self.versions.record(
             self.id, name, {"version": name}, verdict, parent=parent, revision=revision
         )
@@ -164,6 +164,11 @@ class Versioned:
     def reason(self, name: str) -> str:
         """A version's reason."""
         return {v.name: v.reason for v in self.versions.all(self.id)}[name]
+
+
+def _stored(project: Versioned) -> list[str]:
+    """Names of the versions in the artefact store."""
+    return sorted(path.name for path in (project.folder / "projects" / KEY).iterdir())
 
 
 @pytest.fixture
@@ -331,7 +336,7 @@ def test_a_rollback_that_cannot_be_says_why_and_changes_nothing(project: Version
 def test_a_version_whose_folder_is_gone_is_not_made_live(project: Versioned) -> None:
     project.add("v1")
     project.add("v2")
-    project.registry.remove(KEY, "v1")
+    project.artefacts.remove(KEY, "v1")
     for attempt in (
         lambda: project.versions.rollback(project.id),
         lambda: project.versions.rollback(project.id, to="v1"),
@@ -372,7 +377,7 @@ def test_pruning_keeps_the_live_the_one_before_and_the_newest(project: Versioned
     for name in ("v4", "v5", "v6", "v7"):
         project.add(name, WORSE)
     assert sorted(project.versions.prune(project.id, 2)) == ["v1", "v4", "v5"]
-    assert project.registry.versions(KEY) == ["v2", "v3", "v6", "v7"]
+    assert _stored(project) == ["v2", "v3", "v6", "v7"]
     assert project.states() == {
         "v1": "pruned",
         "v2": "retired",
@@ -394,7 +399,7 @@ def test_pruning_keeps_old_versions_that_an_admin_went_back_to(project: Versione
     project.versions.rollback(project.id, to="v1")
     # Live is v1, and before it, of those that were not rolled back, v3.
     assert project.versions.prune(project.id, 1) == ["v2"]
-    assert project.registry.versions(KEY) == ["v1", "v3", "v4"]
+    assert _stored(project) == ["v1", "v3", "v4"]
 
 
 def test_a_version_that_is_being_pruned_is_not_made_live(project: Versioned) -> None:
@@ -402,7 +407,7 @@ def test_a_version_that_is_being_pruned_is_not_made_live(project: Versioned) -> 
         project.add(name)
     tried: list[str] = []
 
-    class Slow(Registry):
+    class Slow(ArtefactStore):
         """Somebody promotes before the folder is gone."""
 
         def remove(self, project_key: str, version: str) -> None:

@@ -1,6 +1,7 @@
-"""Several workers on several hosts: each host with a `MODEL_DIR` of its own, PostgreSQL in common.
+"""Several workers on several hosts, which share PostgreSQL and an artefact store.
 
-The hosts are pretended: `ML_BACKEND_HOST_NAME` names them. On a machine without a GPU a host has one
+The hosts are pretended: `ML_BACKEND_HOST_NAME` names them, and each has a `MODEL_DIR` of its own. On a
+machine without a GPU a host has one
 device, its CPU, so that the second worker of a host stands by.
 """
 
@@ -221,7 +222,7 @@ def make_live_on(backend: Backend, detector: Detector, key: str) -> None:
     if known is None:
         make_live(backend, detector, "v1", key=key, label_config=LABEL_CONFIG)
     else:
-        backend.registry.publish(key, "v1", detector.save, known.card)
+        backend.artefacts.publish(key, "v1", detector.save, known.card)
     backend.database.close()
 
 

@@ -1,7 +1,8 @@
-"""Before any model exists, the first images are chosen for diversity alone.
+"""Chooses the first tasks of a project that has no model version yet, for diversity alone.
 
-Label Studio orders by the scores of predictions: so a project without a version gets predictions
-without a box, of the version `untrained`, whose scores say which images differ most.
+Label Studio orders tasks by the scores of predictions. A project without a version therefore gets
+predictions without regions, of the version `untrained`, whose scores order its most different
+images.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ml_backend.acquisition.acquisition import farthest_first
+from ml_backend.acquisition.farthest_first import farthest_first
 from ml_backend.acquisition.stable_random import chance
 from ml_backend.detection.decoding import UndecodableImage, decode_image
 from ml_backend.detection.detector import Detector
@@ -43,20 +44,23 @@ def cold_start(
     count: int,
     on_progress: Callable[[float, Reason], None],
 ) -> list[dict[str, Any]]:
-    """Chooses the tasks to begin with: see `acquisition.farthest_first`.
+    """Chooses the tasks to annotate first; see `farthest_first`.
 
     Args:
         settings: preset, weights and device, and the limits of images.
         config: the project's label config; of several images of a task the first counts.
-        images: where its images come from.
-        tasks: with `id` and `data`, as many as there are; they are passed over once.
-        count: how many are wanted.
-        on_progress: told the fraction done and how far that is.
+        images: source of the project's images.
+        tasks: all tasks, with `id` and `data`; iterated once.
+        count: number of tasks wanted.
+        on_progress: receives the fraction done, in `[0, 1]`, and how far that is.
 
     Returns:
         For each chosen task a prediction to import, without a region: `task`, `result`, `score`
-        from 0 for the first to ask, and `model_version`. Tasks whose image cannot be had are left
-        out; the log says why.
+        from 0 for the first one, and `model_version`. Tasks whose image cannot be read are left
+        out, and a warning is logged for each.
+
+    Raises:
+        DeviceError, ValueError: the device, the preset or the weights cannot be used.
     """
     drawn = heapq.nsmallest(POOL, tasks, key=lambda task: chance(f"cold start:{task['id']}"))
     device = resolve_device(settings.device)
@@ -70,7 +74,7 @@ def cold_start(
         try:
             return fetch_media(images, task, control)
         except ImageUnavailable as error:
-            _log.warning("task %s is not among the first: %s", task["id"], error)
+            _log.warning("task %s cannot be among the first tasks: %s", task["id"], error)
             return None
 
     with ThreadPoolExecutor(_FETCHERS, thread_name_prefix="images") as pool:
@@ -80,7 +84,7 @@ def cold_start(
             try:
                 image = decode_image(content, max_pixels=settings.image_max_pixels)
             except UndecodableImage as error:
-                _log.warning("task %s is not among the first: %s", task["id"], error)
+                _log.warning("task %s cannot be among the first tasks: %s", task["id"], error)
                 continue
             (found,) = trunk.predict([image])
             if found.embedding is not None:

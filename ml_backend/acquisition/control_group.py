@@ -1,17 +1,18 @@
-"""Which tasks are shown without boxes, so that what boxes save can be measured."""
+"""Draws the control group: tasks shown without boxes, to measure the time that boxes save."""
 
 from __future__ import annotations
 
 from ml_backend.acquisition.stable_random import chance
 
 
-def is_blind(task_id: int, share: float) -> bool:
-    """Whether a task is one of those that are shown without boxes.
+def is_control(task_id: int, share: float) -> bool:
+    """Whether a task belongs to the control group, which is shown without boxes.
 
-    A task stays what it is: its id decides, and a larger share only adds tasks.
+    The id alone decides, so that a task keeps its group; a larger share only adds tasks.
 
     Args:
         task_id: Label Studio's id.
-        share: of all tasks, in `[0, 1]`.
+        share: fraction of all tasks in the control group, in `[0, 1]`.
     """
+    # The prefix is older than the name of the group: another one would redraw running projects.
     return chance(f"blind:{task_id}") < share

@@ -1,4 +1,4 @@
-"""Chance that is always the same: for a task, who asks again gets the same answer."""
+"""Derives random numbers from names, so that a task gets the same number in every process."""
 
 from __future__ import annotations
 
@@ -6,5 +6,9 @@ import hashlib
 
 
 def chance(seed: str) -> float:
-    """A number in `[0, 1)` that looks random, and is always the same for a seed."""
+    """Hashes a seed to a number that is uniformly distributed in `[0, 1)`.
+
+    Args:
+        seed: any text; the same text gives the same number on every machine.
+    """
     return int.from_bytes(hashlib.sha256(seed.encode()).digest()[:6]) / 2**48

@@ -19,7 +19,7 @@ from typing import Any
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
-from ml_backend.acquisition.control_group import is_blind
+from ml_backend.acquisition.control_group import is_control
 from ml_backend.label_studio.client import (
     Forbidden,
     LabelStudioClient,
@@ -425,7 +425,7 @@ def _audit(
             version in ours
             and boxes.predicted == 0
             and annotation.task_id is not None
-            and is_blind(annotation.task_id, blind_share)
+            and is_control(annotation.task_id, blind_share)
         )
     else:
         # Deleting a prediction takes its number out of the annotation, too.

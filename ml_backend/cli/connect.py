@@ -61,7 +61,7 @@ def doctor(
     settings = backend.settings
     marks = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "error": "[red]✗[/]"}
     findings = []
-    doctor = Doctor(settings, backend.database, backend.registry, backend.label_studios)
+    doctor = Doctor(settings, backend.database, backend.artefacts, backend.label_studios)
     for finding in doctor.examine(project):
         findings.append(finding)
         if not as_json:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from ml_backend.cli.opening import find_project, open_backend
 from ml_backend.cli.options import JsonOption, ProjectOption
 from ml_backend.cli.output import err, fail, out, print_json
+from ml_backend.cli.progress import ProgressReporter
 from ml_backend.store.states import ACTIVE, JobState, Trigger
 from ml_backend.wording import told, words
 
@@ -83,29 +84,20 @@ def _wait(backend: Backend, job_id: int) -> Job:
     Raises:
         typer.Exit: the user pressed Ctrl-C; the job goes on.
     """
-    from rich.progress import Progress
-
     begun, warned = time.monotonic(), False
     try:
-        with Progress(console=err) as progress:
-            bar = progress.add_task("waiting", total=1.0)
+        with ProgressReporter(err) as progress:
             while True:
                 job = backend.jobs.get(job_id)
                 assert job is not None
-                if (
-                    job.state == JobState.QUEUED
-                    and not warned
-                    and time.monotonic() > begun + _TAKEN_WITHIN
-                ):
+                untaken = job.state == JobState.QUEUED and time.monotonic() > begun + _TAKEN_WITHIN
+                if untaken and not warned:
                     warned = True
-                    progress.console.print(
+                    progress.message(
                         "no worker has taken it yet: does `ml-backend serve` or `ml-backend "
-                        "worker` run on this MODEL_DIR?",
-                        soft_wrap=True,
+                        "worker` run on this MODEL_DIR?"
                     )
-                progress.update(
-                    bar, completed=job.progress, description=escape(words(job.reason)[:70])
-                )
+                progress.update(job.progress, words(job.reason)[:70])
                 if job.state not in ACTIVE:
                     return job
                 time.sleep(1)

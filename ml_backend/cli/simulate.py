@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.markup import escape
-from rich.progress import Progress
 
-from ml_backend.cli.opening import check_device as _checked_device
-from ml_backend.cli.opening import open_settings as _settings
-from ml_backend.cli.options import JsonOption as _Json
-from ml_backend.cli.output import err as _err
-from ml_backend.cli.output import fail as _fail
-from ml_backend.cli.output import out as _out
-from ml_backend.cli.output import print_json as _print_json
-from ml_backend.cli.output import say_wrong as _say_wrong
+from ml_backend.cli.opening import check_device, open_settings
+from ml_backend.cli.options import JsonOption
+from ml_backend.cli.output import err, fail, out, print_json, say_wrong
+from ml_backend.cli.progress import ProgressReporter
+from ml_backend.reasons import Reason
+from ml_backend.wording import told
+
+if TYPE_CHECKING:
+    from ml_backend.simulation.results import Round
 
 _Number = TypeVar("_Number", int, float)
 
@@ -26,7 +26,8 @@ def simulate(
         Path, typer.Argument(help="Labelled images: COCO, Pascal VOC, YOLO, or an export.")
     ],
     strategies: Annotated[
-        str, typer.Option(help="What is asked next: diverse, uncertainty, random.")
+        str,
+        typer.Option(help="Names of strategies, as in ML_BACKEND_STRATEGY, commas between them."),
     ] = "diverse,random",
     seeds: Annotated[str, typer.Option(help="One campaign of each strategy for each.")] = "0",
     prices: Annotated[str, typer.Option(help="Seconds that drawing a box takes.")] = "7,27.6",
@@ -35,7 +36,7 @@ def simulate(
     ] = True,
     stop_after: Annotated[int | None, typer.Option(help="Images to label; all by default.")] = None,
     picture: Annotated[Path, typer.Option(help="Receives the curves.")] = Path("simulation.png"),
-    as_json: _Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Run whole campaigns on labelled images, and count what people would have saved.
 
@@ -43,17 +44,19 @@ def simulate(
     _TRAIN_GROWTH, _TRAIN_BUDGET and the rest. Trainings take all cores unless
     ML_BACKEND_TRAIN_THREADS says otherwise.
     """
-    settings = _settings()
-    _checked_device(settings)
-    from ml_backend.datasets.datasets import DatasetError, read_dataset
+    settings = open_settings()
+    check_device(settings)
+    from ml_backend.datasets.reader import read_dataset
+    from ml_backend.datasets.types import DatasetError
     from ml_backend.simulation.chart import check_picture, draw_campaigns
     from ml_backend.simulation.report import (
         Plan,
         as_dict,
-        curves,
+        describe_curves,
+        describe_round,
+        keep_decodable,
         run,
         summary_table,
-        usable,
     )
 
     try:
@@ -66,47 +69,59 @@ def simulate(
         )
         check_picture(picture)
     except ValueError as error:
-        _say_wrong("option", error)
+        say_wrong("option", error)
         raise typer.Exit(2) from None
     campaigns = []
     interrupted = False
     try:
         data = read_dataset(dataset)
-        with Progress(console=_err) as progress:
-            bar = progress.add_task("", total=1.0)
+        with ProgressReporter(err) as progress:
 
-            def tell(fraction: float, words: str) -> None:
-                progress.update(bar, completed=fraction, description=escape(words))
+            def on_round(campaign: str, seed: int, finished: Round) -> None:
+                progress.milestone(describe_round(campaign, seed, finished))
 
-            data = usable(data, settings, tell)
-            for campaign in run(plan, settings, data, tell):
+            data = keep_decodable(data, settings, progress.update)
+            for campaign in run(plan, settings, data, progress.update, on_round):
                 campaigns.append(campaign)
     except DatasetError as error:
-        raise _fail(str(error)) from None
+        raise fail(str(error)) from None
     except KeyboardInterrupt:
         interrupted = True
-        _err.print(f"interrupted: {len(campaigns)} campaigns are done", highlight=False)
+        err.print(f"interrupted: {len(campaigns)} campaigns are done", highlight=False)
         if not campaigns:
             raise typer.Exit(130) from None
     if as_json:
-        _print_json(as_dict(plan, settings, data, campaigns))
+        print_json(_with_words(as_dict(plan, settings, data, campaigns)))
     else:
         for reason, count in data.left_out.items():
-            _err.print(f"left out: {count} × {escape(reason)}", soft_wrap=True, highlight=False)
-        _out.print(summary_table(plan, campaigns))
-        for line in curves(campaigns):
-            _out.print(escape(line), soft_wrap=True, highlight=False)
+            err.print(f"left out: {count} × {escape(reason)}", soft_wrap=True, highlight=False)
+        out.print(summary_table(plan, campaigns))
+        for line in describe_curves(campaigns):
+            out.print(escape(line), soft_wrap=True, highlight=False)
     try:
         draw_campaigns(campaigns, f"{dataset.name}: {len(data.samples)} images", picture)
     except OSError as error:
-        raise _fail(f"the picture {picture} cannot be written: {error}") from None
+        raise fail(f"the picture {picture} cannot be written: {error}") from None
     if not as_json:
-        _out.print(f"The curves are in {escape(str(picture))}.", soft_wrap=True)
+        out.print(f"The curves are in {escape(str(picture))}.", soft_wrap=True)
     if interrupted:
         raise typer.Exit(130)
 
 
+def _with_words(report: dict[str, Any]) -> dict[str, Any]:
+    """Adds words to the reasons of a report's rounds."""
+    for campaign in report["campaigns"]:
+        for finished in campaign["rounds"]:
+            finished |= told("reason", Reason.of(finished["reason"]))
+    return report
+
+
 def _numbers(option: str, text: str, kind: type[_Number]) -> tuple[_Number, ...]:
+    """Reads an option of numbers with commas between them.
+
+    Raises:
+        ValueError: the text is something else; the message names the option.
+    """
     try:
         return tuple(kind(part) for part in text.split(","))
     except ValueError:

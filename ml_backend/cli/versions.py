@@ -45,7 +45,7 @@ def promote(
     as_json: JsonOption = False,
 ) -> None:
     """Make a version live."""
-    from ml_backend.store.registry import VersionMissing
+    from ml_backend.store.artefacts import VersionMissing
 
     backend = open_backend()
     row = find_project(backend, project)
@@ -67,7 +67,7 @@ def rollback(
     as_json: JsonOption = False,
 ) -> None:
     """Go back to an earlier version at once; what was live is not promoted again by itself."""
-    from ml_backend.store.registry import VersionMissing
+    from ml_backend.store.artefacts import VersionMissing
 
     backend = open_backend()
     row = find_project(backend, project)

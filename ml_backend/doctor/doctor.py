@@ -35,8 +35,8 @@ from ml_backend.projects.connect import (
     webhook_headers,
 )
 from ml_backend.settings import Settings
+from ml_backend.store.artefacts import ArtefactStore, StoreUnavailable, VersionMissing
 from ml_backend.store.database import Database
-from ml_backend.store.registry import Registry, VersionMissing
 from ml_backend.store.tables import Project, now
 from ml_backend.training.artefact import load_artefact
 
@@ -68,12 +68,12 @@ class Doctor:
         self,
         settings: Settings,
         database: Database,
-        registry: Registry,
+        artefacts: ArtefactStore,
         label_studios: Clients,
     ) -> None:
         self._settings = settings
         self._database = database
-        self._registry = registry
+        self._artefacts = artefacts
         self._label_studios = label_studios
 
     def _of_late(self) -> Iterator[Finding]:
@@ -95,8 +95,8 @@ class Doctor:
             live = [(p.key, p.live_version or "") for p in projects]
         for key, version in live:
             try:
-                load_artefact(self._registry.existing(key, version), torch.device("cpu"))
-            except (VersionMissing, CorruptDetector) as error:
+                load_artefact(self._artefacts.existing(key, version), torch.device("cpu"))
+            except (VersionMissing, StoreUnavailable, CorruptDetector) as error:
                 yield Finding(
                     "live version",
                     "error",

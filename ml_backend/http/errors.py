@@ -17,8 +17,8 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 from ml_backend.label_studio.events import InvalidEvent
 from ml_backend.label_studio.label_config import LabelConfigError
 from ml_backend.projects.find import ProjectNotFound
+from ml_backend.store.artefacts import StoreUnavailable, VersionMissing
 from ml_backend.store.database import is_outside
-from ml_backend.store.registry import VersionMissing
 
 _log = logging.getLogger(__name__)
 _PHRASE = 400
@@ -55,6 +55,11 @@ def register(app: Flask) -> None:
     @app.errorhandler(VersionMissing)
     def missing(error: VersionMissing) -> Response:
         return error_response(404, str(error))
+
+    @app.errorhandler(StoreUnavailable)
+    def no_store(error: StoreUnavailable) -> Response:
+        _log.error("a request failed: %s", error)
+        return error_response(503, str(error))
 
     @app.errorhandler(RequestEntityTooLarge)
     def too_large(_: RequestEntityTooLarge) -> Response:

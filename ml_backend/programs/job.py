@@ -87,7 +87,7 @@ def _train(backend: Backend, job: Job, report: Reporter, label_studio_fails: str
     training = TrainingRun(
         backend.settings,
         backend.database,
-        backend.registry,
+        backend.artefacts,
         backend.label_studios,
         report,
         label_studio_fails,

@@ -1,4 +1,4 @@
-"""The loaded detectors: on demand, while memory lasts, swapped without a pause."""
+"""Caches loaded detectors: loads on demand, swaps versions without a pause, evicts by memory."""
 
 from __future__ import annotations
 
@@ -16,39 +16,42 @@ import psutil
 import torch
 from sqlalchemy import select
 
-from ml_backend.acquisition.acquisition import Reference, Strategy, strategy_named
+from ml_backend.acquisition.factory import make_strategy
+from ml_backend.acquisition.reference import Reference
+from ml_backend.acquisition.strategies.base import Strategy
 from ml_backend.detection.batching import BatchingPredictor
 from ml_backend.detection.detector import CorruptDetector, Detector
 from ml_backend.detection.device import own_device, resolve_device, serving_devices
 from ml_backend.detection.presets import preset_named
 from ml_backend.settings import Settings
+from ml_backend.store.artefacts import ArtefactStore, StoreUnavailable, VersionMissing
 from ml_backend.store.database import Database
-from ml_backend.store.registry import Registry, VersionMissing
 from ml_backend.store.tables import PRETRAINED, ModelVersion, Project
 from ml_backend.training.artefact import load_artefact
 from ml_backend.training.promotion import counts_of
 
 _log = logging.getLogger(__name__)
 
-SCARCE = 0.1
-"""Share of memory below which the model used longest ago is let go."""
+MIN_FREE_MEMORY = 0.1
+"""Fraction of free memory below which the least recently used model is evicted."""
 _WATCH = 1.0
+"""Seconds between two looks for promotions and rollbacks."""
 _RETRY = 60.0
 """Seconds after which a version that could not be loaded is tried again."""
 
 
 @dataclass(slots=True, eq=False)
 class LoadedModel:
-    """A detector that is ready to predict; it counts its users, of which its maker is the first.
+    """A detector that is ready to predict, with a count of its users; its maker is the first.
 
     Attributes:
-        version: what its predictions carry.
-        labels: its label names; indices of its detections point into it.
-        thresholds: confidence from which a box is shown, by label; labels that are missing were
-            never seen in training and are never predicted.
+        version: the model version that its predictions name.
+        labels: label names; the labels of its detections are indices into them.
+        thresholds: confidence from which a box is shown, by label; labels that are missing had no
+            box in training and are never predicted.
         predictor: predicts, in batches.
-        strategy: scores what is to be asked next.
-        generic: whether it is the COCO detector, whose classes must be matched to labels.
+        strategy: computes acquisition scores.
+        generic: whether this is the COCO detector, whose classes must be matched to labels.
     """
 
     version: str
@@ -58,75 +61,80 @@ class LoadedModel:
     strategy: Strategy
     generic: bool = False
     _users: int = 1
-    _let_go: bool = False
+    _closing: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def hold(self) -> None:
-        """Keeps it open until `release`; for who uses it, or finds it among the loaded ones."""
+    def acquire(self) -> None:
+        """Adds a user: the model stays open until the matching `release`."""
         with self._lock:
             self._users += 1
 
     def release(self) -> None:
-        """One user less."""
+        """Removes a user; the last one of a model that is closing closes the model."""
         with self._lock:
             self._users -= 1
-            last = self._let_go and not self._users
+            last = self._closing and not self._users
         if last:
             self.predictor.close()
 
-    def let_go(self, *, if_idle: bool = False) -> bool:
-        """Closes it, once the last user is done.
-
-        Args:
-            if_idle: only where nobody uses it.
-
-        Returns:
-            Whether it was let go.
-        """
+    def close(self) -> None:
+        """Closes the model as soon as it has no user."""
         with self._lock:
-            if if_idle and self._users:
-                return False
-            self._let_go = True
+            self._closing = True
             idle = not self._users
         if idle:
             self.predictor.close()
+
+    def close_if_idle(self) -> bool:
+        """Closes the model if it has no user now; answers whether it did."""
+        with self._lock:
+            if self._users:
+                return False
+            self._closing = True
+        self.predictor.close()
         return True
 
 
-class Models:
-    """Loaded models by project.
+class ModelCache:
+    """Loaded models by project. Each runs in a thread of its own; a lock shares the device.
 
-    One thread per model runs it; a lock makes the device theirs in turn.
+    Args:
+        settings: device, weights, strategy.
+        database: names the live version of each project.
+        artefacts: holds the versions. A loaded model is served without asking the store again.
     """
 
-    def __init__(self, settings: Settings, database: Database, registry: Registry) -> None:
+    def __init__(self, settings: Settings, database: Database, artefacts: ArtefactStore) -> None:
         self._settings = settings
         self._database = database
-        self._registry = registry
+        self._artefacts = artefacts
         self._lock = threading.Lock()
         self._loading: dict[int, threading.Lock] = {}
         self._loaded: OrderedDict[int, LoadedModel] = OrderedDict()
         self._broken: dict[tuple[int, str], float] = {}
         self._generic: LoadedModel | None = None
-        self._generic_tried = False
         self._device: torch.device | None = None
         self._device_lock = threading.Lock()
         self._stopping = threading.Event()
 
     @property
     def device(self) -> torch.device:
-        """The device of the settings; a DeviceError says what is wrong with it."""
+        """The device that the settings name.
+
+        Raises:
+            DeviceError: the device cannot be used.
+        """
         if self._device is None:
             self._device = resolve_device(self._settings.device)
         return self._device
 
     def own_device(self) -> None:
-        """Makes a device this process's own: what a server's process does before it serves.
+        """Reserves a device for this process; every serving process calls this before it serves.
 
-        Of several GPUs each process gets one; on a CPU they share the cores.
+        Of several GPUs each process gets one; on a CPU the processes share the cores.
 
         Raises:
-            DeviceError: it cannot be used, or all GPUs have their process.
+            DeviceError: the device cannot be used, or every GPU has its process.
         """
         devices = serving_devices(self._settings.device)
         self._device = own_device(devices, self._settings.model_dir)
@@ -135,7 +143,7 @@ class Models:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // self._settings.workers))
 
     def version(self, project: Project) -> str:
-        """The version that a prediction made now would carry; never loads anything."""
+        """Names the version that would predict now, without loading anything."""
         with self._lock:
             loaded = self._loaded.get(project.id)
             if loaded is not None:
@@ -146,19 +154,19 @@ class Models:
 
     @contextmanager
     def using(self, project: Project) -> Iterator[LoadedModel | None]:
-        """The model that predicts for a project, kept open meanwhile; loaded where it is not.
+        """Yields the model that predicts for a project, loaded if need be, open until the end.
 
-        None where the project has no version and no COCO detector can be had: nothing is
-        predicted until the first training.
+        Yields None where the project has no version and there is no COCO detector: the project
+        gets no predictions until its first training.
         """
-        model = self._held(project)
+        model = self._acquired(project)
         try:
             yield model
         finally:
             if model is not None:
                 model.release()
 
-    def _held(self, project: Project) -> LoadedModel | None:
+    def _acquired(self, project: Project) -> LoadedModel | None:
         with self._lock:
             loaded = self._loaded.get(project.id)
             if loaded is not None:
@@ -166,7 +174,7 @@ class Models:
             elif project.live_version is None:
                 loaded = self._generic
             if loaded is not None:
-                loaded.hold()
+                loaded.acquire()
                 return loaded
             if project.live_version is None:
                 return None
@@ -175,26 +183,26 @@ class Models:
             with self._lock:
                 loaded = self._loaded.get(project.id)
                 if loaded is not None:
-                    loaded.hold()
+                    loaded.acquire()
                     return loaded
             return self._load(project)
 
     def watch(self) -> None:
-        """Follows promotions and rollbacks: loads beside the old one, then swaps. Runs for ever."""
+        """Follows promotions and rollbacks until `close`: loads the new version, then swaps."""
         self._load_generic()
         while not self._stopping.wait(_WATCH):
             try:
                 self._follow()
             except Exception:
-                # The database may be away for a moment; the next look tries again.
-                _log.exception("looking for new versions failed")
+                # The database may be unavailable for a moment; the next look tries again.
+                _log.exception("promotions could not be looked up")
 
     def close(self) -> None:
-        """Stops watching, and the threads of all models."""
+        """Ends `watch`, and closes all models."""
         self._stopping.set()
         with self._lock:
             for loaded in self._loaded.values():
-                loaded.let_go()
+                loaded.close()
             self._loaded.clear()
 
     def _follow(self) -> None:
@@ -213,20 +221,20 @@ class Models:
                 loaded.release()
 
     def _load(self, project: Project) -> LoadedModel | None:
-        """Loads what predicts for a project, held for the caller."""
+        """Loads the version that serves a project, acquired for the caller."""
         for version, why in self._candidates(project):
             if self._is_broken(project.id, version):
                 continue
             with self._lock:
-                standing_in = self._loaded.get(project.id)
-                if standing_in is not None and standing_in.version == version:
-                    standing_in.hold()
-                    return standing_in
+                serving = self._loaded.get(project.id)
+                if serving is not None and serving.version == version:
+                    serving.acquire()
+                    return serving
             started = time.monotonic()
             try:
-                folder = self._registry.existing(project.key, version)
+                folder = self._artefacts.existing(project.key, version)
                 artefact = load_artefact(folder, self.device)
-            except (VersionMissing, CorruptDetector) as error:
+            except (VersionMissing, StoreUnavailable, CorruptDetector) as error:
                 self._broken[project.id, version] = time.monotonic()
                 _log.error("project %s: %s cannot serve: %s", project.key, version, error)
                 continue
@@ -250,8 +258,8 @@ class Models:
                 old = self._loaded.pop(project.id, None)
                 self._loaded[project.id] = loaded
             if old is not None:
-                # Requests under way finish on it.
-                old.let_go()
+                # Requests that use the old version finish with it.
+                old.close()
             _log.info(
                 "project %s: %s%s loaded in %.2f s",
                 project.key,
@@ -264,12 +272,16 @@ class Models:
         return None
 
     def _is_broken(self, project_id: int, version: str) -> bool:
-        """Whether a version could not be loaded a moment ago; somebody may restore its folder."""
+        """Whether a version could not be loaded within the last `_RETRY` seconds."""
         since = self._broken.get((project_id, version))
         return since is not None and time.monotonic() < since + _RETRY
 
     def _candidates(self, project: Project) -> list[tuple[str, str]]:
-        """The live version, and what serves where its artefact is broken: the ones before it."""
+        """Lists the live version, then the earlier live ones, which serve if its files are broken.
+
+        Returns:
+            Name of each version, and a remark for the log.
+        """
         with self._database.reading() as session:
             earlier = session.scalars(
                 select(ModelVersion.name)
@@ -280,33 +292,33 @@ class Models:
         return live + [(name, " (instead of the broken live version)") for name in earlier]
 
     def _make_room(self, keep: int) -> None:
-        """Lets go, one by one, of what was used longest ago; what is in use would free nothing."""
+        """Evicts idle models, least recently used first, until enough memory is free."""
         while _is_scarce(self.device):
             with self._lock:
                 for number, model in self._loaded.items():
-                    if number != keep and model.let_go(if_idle=True):
+                    if number != keep and model.close_if_idle():
                         del self._loaded[number]
                         break
                 else:
                     return
-            _log.info("%s was let go: memory is scarce", model.version)
+            _log.info("%s was evicted: memory is scarce", model.version)
             model.predictor.wait()
             del model
 
     def _load_generic(self) -> None:
-        """COCO's detector serves projects without a version, where its weights can be had."""
+        """Loads the COCO detector for projects without a version, if its weights are available."""
         if self._settings.weights == "none":
             return
         try:
             device = self.device
             detector = Detector.coco(preset_named(self._settings.preset, device), device)
         except Exception:
-            _log.exception("no COCO detector")
+            _log.exception("the COCO detector cannot be loaded")
             return
         if detector is None:
             _log.warning(
-                "no COCO weights for this preset can be had: projects get empty predictions "
-                "until their first training"
+                "there are no COCO weights for this preset: projects get empty predictions until "
+                "their first training"
             )
             return
         self._generic = LoadedModel(
@@ -319,22 +331,23 @@ class Models:
         )
 
     def _strategy(self, reference: Reference, version: str) -> Strategy:
-        return strategy_named(
+        return make_strategy(
             self._settings.strategy, reference, version, self._settings.random_share
         )
 
 
 def _is_scarce(device: torch.device) -> bool:
-    """Whether memory is scarce even when what nobody uses has been given back."""
-    if _memory_left(device) >= SCARCE:
+    """Whether memory is scarce even after unused memory has been returned."""
+    if _memory_left(device) >= MIN_FREE_MEMORY:
         return False
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return _memory_left(device) < SCARCE
+    return _memory_left(device) < MIN_FREE_MEMORY
 
 
 def _memory_left(device: torch.device) -> float:
+    """Measures the fraction of the device's memory that is free."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return free / total

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ml_backend.acquisition.control_group import is_blind
+from ml_backend.acquisition.control_group import is_control
 from ml_backend.detection.costs import shown
 from ml_backend.detection.decoding import UndecodableImage
 from ml_backend.detection.types import Detections
@@ -21,7 +21,7 @@ from ml_backend.label_studio.label_config import LabelConfig, match_labels
 from ml_backend.label_studio.media import read_image
 from ml_backend.projects.clients import Clients
 from ml_backend.serving.counters import IMAGE_FAILURES, PREDICTED
-from ml_backend.serving.model_cache import LoadedModel, Models
+from ml_backend.serving.model_cache import LoadedModel, ModelCache
 from ml_backend.settings import Settings
 from ml_backend.store.tables import Project
 
@@ -61,7 +61,7 @@ class _Found:
 class Serving:
     """Predicts for the tasks of any project."""
 
-    def __init__(self, settings: Settings, models: Models, label_studios: Clients) -> None:
+    def __init__(self, settings: Settings, models: ModelCache, label_studios: Clients) -> None:
         self._settings = settings
         self._models = models
         self._label_studios = label_studios
@@ -117,7 +117,7 @@ class Serving:
                     break
                 job = self._pool.submit(self._one, model, images, config, tasks[index])
                 # It may go on beyond the deadline.
-                model.hold()
+                model.acquire()
                 job.add_done_callback(lambda _: model.release())
                 running[job] = index
             left = deadline - time.monotonic()
@@ -171,8 +171,8 @@ class Serving:
                 return None
             images_of_task.append(candidates)
             regions += _regions(model, config, controls, candidates, width, height)
-        blind = isinstance(number, int) and is_blind(number, self._settings.blind_share)
-        return _Found([] if blind else regions, images_of_task)
+        in_control = isinstance(number, int) and is_control(number, self._settings.blind_share)
+        return _Found([] if in_control else regions, images_of_task)
 
     @staticmethod
     def _score(

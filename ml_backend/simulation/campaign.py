@@ -1,9 +1,10 @@
-"""A whole campaign on labelled images, without a server: what would the loop have saved?
+"""Simulates annotation campaigns on labelled images, to estimate the work that the loop saves.
 
-A simulated annotator is asked for one image after the other, as Label Studio would ask; makes the
-boxes right that are shown; and the detector is trained by the same code, when the same policy says
-so, as in a live project. What the annotator's work costs is counted under several prices of a box
-at once: which image is asked, and what is learned, does not depend on them.
+A simulated annotator gets one image after the other, in the order in which Label Studio would open
+them, and corrects the boxes that are shown. The detector is trained by the code of a live project,
+whenever the policy of a live project starts a training. The cost of the annotator's work is counted
+under several prices of a box at once, because neither the order of the images nor the trainings
+depend on the price.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ml_backend.acquisition.acquisition import farthest_first, is_left_to_chance, strategy_named
+from ml_backend.acquisition.factory import make_strategy
+from ml_backend.acquisition.farthest_first import farthest_first
+from ml_backend.acquisition.random_share import in_random_share
 from ml_backend.detection.costs import (
     CostModel,
     by_hand,
@@ -32,71 +35,21 @@ from ml_backend.detection.evaluation import evaluate
 from ml_backend.detection.presets import preset_named
 from ml_backend.detection.types import Detections, Sample
 from ml_backend.jobs.schedule import Situation, decide
-from ml_backend.reasons import Reason
 from ml_backend.settings import Settings
+from ml_backend.simulation.results import Campaign, OnProgress, OnRound, Round
 from ml_backend.store.tables import now
 from ml_backend.training.dataset import Dataset
 from ml_backend.training.out_of_fold import predict_samples
 from ml_backend.training.split import Item, assign, fingerprint
 from ml_backend.training.trainer import Lesson, Live, Teacher, cost_model, threshold_of
 
-FIRST = 55
-"""Images labelled by hand in the story, before its one training."""
-
-Tell = Callable[[float, str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Round:
-    """One training of a campaign.
-
-    Attributes:
-        images: labelled by then.
-        promoted: whether it went live.
-        reason: why, in words.
-        map50: mean AP50 as the loop itself measured it.
-        map50_of_rest: mean AP50 of what is live now, on the images that are not labelled yet.
-        ap50_of_rest: the same by label; None where the rest holds no box of one.
-        seconds: that training, measuring and predicting took.
-    """
-
-    images: int
-    promoted: bool
-    reason: Reason
-    map50: float
-    map50_of_rest: float
-    ap50_of_rest: dict[str, float | None]
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Campaign:
-    """What a campaign came to.
-
-    Attributes:
-        name: strategy, or what else it was.
-        seed: of its order.
-        human: cumulative seconds of the annotator after each image, by price of a box.
-        by_hand: the same where every box is drawn, by price of a box.
-        rounds: its trainings.
-        machine: seconds that they took in all.
-    """
-
-    name: str
-    seed: int
-    human: dict[float, list[float]]
-    by_hand: dict[float, list[float]]
-    rounds: list[Round]
-    machine: float
-
-    def saving(self, price: float) -> float:
-        """How many times less the annotator worked than by hand."""
-        return self.by_hand[price][-1] / self.human[price][-1]
+ONE_ROUND_IMAGES = 55
+"""Images that are labelled by hand before the only training of `Simulation.one_round`."""
 
 
 @dataclass(slots=True)
 class _Version:
-    """What is live: what it shows of each image, at each price, and what it would ask first."""
+    """The live version, with its predictions and acquisition scores of the unlabelled images."""
 
     live: Live
     thresholds: dict[float, npt.NDArray[np.float64]]
@@ -106,8 +59,18 @@ class _Version:
 
 @dataclass(slots=True)
 class _State:
+    """The state of a campaign that runs.
+
+    Attributes:
+        labelled: indices of the labelled images, in order.
+        items: the same images as `split.assign` takes them, by index.
+        trained_at: number of labelled images at the last training.
+        version: the live version.
+        rounds: the trainings until now.
+    """
+
     labelled: list[int] = field(default_factory=list)
-    sides: dict[int, Item] = field(default_factory=dict)
+    items: dict[int, Item] = field(default_factory=dict)
     trained_at: int = 0
     version: _Version | None = None
     rounds: list[Round] = field(default_factory=list)
@@ -117,12 +80,13 @@ class Simulation:
     """Runs campaigns on one data set.
 
     Args:
-        settings: the policy, the preset, the costs (the price of a box apart).
+        settings: the policy, the preset, and the costs except for the price of a box.
         device: where to train and predict.
         labels: label names.
-        samples: images, with every box that is there.
-        prices: seconds that drawing a box takes, each of which is accounted for.
-        on_progress: told the fraction done of a campaign and a sentence; may raise to stop.
+        samples: images, with all boxes that are on them.
+        prices: seconds that drawing a box takes; costs are counted for each.
+        on_progress: receives the fraction done of a campaign, and a sentence.
+        on_round: receives each round as it ends.
     """
 
     def __init__(
@@ -132,7 +96,8 @@ class Simulation:
         labels: Sequence[str],
         samples: Sequence[Sample],
         prices: Sequence[float],
-        on_progress: Tell,
+        on_progress: OnProgress,
+        on_round: OnRound | None = None,
     ) -> None:
         self._settings = settings
         self._device = device
@@ -141,7 +106,8 @@ class Simulation:
         self._costs: dict[float, CostModel] = {
             price: dataclasses.replace(cost_model(settings), draw=price) for price in prices
         }
-        self._tell = on_progress
+        self._on_progress = on_progress
+        self._on_round = on_round
         self._fingerprints: dict[int, str] = {}
         self._embeddings: npt.NDArray[np.float32] | None = None
 
@@ -153,13 +119,14 @@ class Simulation:
         stop_after: int | None = None,
         late: Mapping[str, int] | None = None,
     ) -> Campaign:
-        """The loop: images are asked for by a strategy, trainings start by the live policy.
+        """Runs a campaign as a live project does: a strategy orders, the policy starts trainings.
 
         Args:
-            strategy: in `acquisition.STRATEGIES`.
-            seed: of the first order, and of what is left to chance.
-            stop_after: images after which it ends; all of them where None.
-            late: labels that the annotator knows only once so many images are labelled.
+            strategy: name in `ml_backend.extensions.STRATEGIES`.
+            seed: seed of the first order and of the random share.
+            stop_after: number of images after which the campaign ends; all of them where None.
+            late: number of labelled images from which the annotator uses a label, by label; labels
+                that are missing are used from the start.
         """
         first = self._first_order(strategy, seed)
 
@@ -183,14 +150,14 @@ class Simulation:
 
         def ask(state: _State) -> int:
             if state.version is None:
-                return next(i for i in first if i not in state.sides)
+                return next(i for i in first if i not in state.items)
             scores = state.version.scores
-            return min((i for i in scores if i not in state.sides), key=lambda i: (scores[i], i))
+            return min((i for i in scores if i not in state.items), key=lambda i: (scores[i], i))
 
         return self._run(strategy, strategy, seed, ask, due, stop_after, late or {})
 
-    def one_round(self, seed: int, *, first: int = FIRST) -> Campaign:
-        """The story: so many random images by hand, one training, and its boxes for the rest."""
+    def one_round(self, seed: int, *, first: int = ONE_ROUND_IMAGES) -> Campaign:
+        """Runs a campaign with one training, after `first` random images labelled by hand."""
         order = self._first_order("random", seed)
 
         def due(state: _State) -> bool:
@@ -217,18 +184,18 @@ class Simulation:
         human: dict[float, list[float]] = {price: [0.0] for price in self._costs}
         hand: dict[float, list[float]] = {price: [0.0] for price in self._costs}
         while len(state.labelled) < total:
-            labels = self._known(late, len(state.labelled))
+            labels = self._known_labels(late, len(state.labelled))
             index = ask(state)
-            sample = _only(self._samples[index], self._labels, labels)
+            sample = _with_labels(self._samples[index], self._labels, labels)
             for price, costs in self._costs.items():
-                drawn = self._drawn(state.version, index, labels, price)
+                drawn = self._shown(state.version, index, labels, price)
                 human[price].append(human[price][-1] + human_seconds(drawn, sample, costs))
                 hand[price].append(hand[price][-1] + by_hand(sample, costs))
             state.labelled.append(index)
-            self._note(state, index, sample, labels)
-            # Trained on all there is, it would serve nobody.
+            self._add_item(state, index, sample, labels)
+            # A version that is trained on all images would have no image left to predict.
             if len(state.labelled) < len(self._samples) and due(state):
-                self._train(state, labels, strategy, f"{name}:{seed}", total, late)
+                self._train(state, labels, strategy, name, seed, total, late)
         return Campaign(
             name,
             seed,
@@ -243,7 +210,8 @@ class Simulation:
         state: _State,
         labels: tuple[str, ...],
         strategy: str,
-        seed: str,
+        name: str,
+        seed: int,
         total: int,
         late: Mapping[str, int],
     ) -> None:
@@ -251,40 +219,41 @@ class Simulation:
         done = len(state.labelled)
 
         def tell(fraction: float, words: str) -> None:
-            self._tell(done / total, f"{done} images labelled; {words} ({fraction:.0%})")
+            self._on_progress(done / total, f"{done} images labelled; {words} ({fraction:.0%})")
 
         dataset = self._dataset(state, labels, late)
         teacher = Teacher(self._settings, self._device, tell)
         lesson = teacher.teach(dataset, state.version.live if state.version else None)
         state.trained_at = done
-        rest = [i for i in range(len(self._samples)) if i not in state.sides]
+        rest = [i for i in range(len(self._samples)) if i not in state.items]
         if lesson.verdict.promote:
-            state.version = self._go_live(lesson, strategy, f"{seed}:{done}", rest)
-        whole = [_only(self._samples[i], self._labels, labels) for i in rest]
+            state.version = self._go_live(lesson, strategy, f"{name}:{seed}:{done}", rest)
+        whole = [_with_labels(self._samples[i], self._labels, labels) for i in rest]
         quality = None
         if state.version is not None:
             found = [state.version.found[s.key] for s in whole]
             quality = evaluate(found, whole, labels)
-        state.rounds.append(
-            Round(
-                images=done,
-                promoted=lesson.verdict.promote,
-                reason=lesson.verdict.reason,
-                map50=lesson.evaluation.map50,
-                map50_of_rest=quality.map50 if quality else 0.0,
-                ap50_of_rest={
-                    label: quality.per_class[label].ap50 if quality else None for label in labels
-                },
-                seconds=round(time.monotonic() - started, 1),
-            )
+        finished = Round(
+            images=done,
+            promoted=lesson.verdict.promote,
+            reason=lesson.verdict.reason,
+            map50=lesson.evaluation.map50,
+            map50_of_rest=quality.map50 if quality else 0.0,
+            ap50_of_rest={
+                label: quality.per_class[label].ap50 if quality else None for label in labels
+            },
+            seconds=round(time.monotonic() - started, 1),
         )
+        state.rounds.append(finished)
+        if self._on_round is not None:
+            self._on_round(name, seed, finished)
 
     def _go_live(self, lesson: Lesson, strategy: str, name: str, rest: Sequence[int]) -> _Version:
-        """What auto-labelling does after a promotion."""
+        """Predicts and scores the unlabelled images, as auto-labelling does after a promotion."""
         detector = lesson.detector
         samples = [self._samples[i] for i in rest]
         found = predict_samples(detector, samples, max_pixels=self._settings.image_max_pixels)
-        scorer = strategy_named(
+        scorer = make_strategy(
             strategy,
             lesson.reference,
             name,
@@ -307,74 +276,74 @@ class Simulation:
         live = Live(name, detector, lesson.out_of_fold)
         return _Version(live, thresholds, found, dict(zip(rest, scores, strict=True)))
 
-    def _drawn(
+    def _shown(
         self, version: _Version | None, index: int, labels: tuple[str, ...], price: float
     ) -> Detections:
-        """What the annotator is shown of an image, with indices into `labels`."""
+        """The boxes that the annotator is shown; their labels are indices into `labels`."""
         if version is None:
             return Detections.empty()
         found = version.found[self._samples[index].key]
-        # The labels of a version begin those of every later one: indices stay.
+        # Later versions only append labels, so that the indices of this one stay valid.
         return shown(found, version.thresholds[price][found.labels])
 
     def _dataset(self, state: _State, labels: tuple[str, ...], late: Mapping[str, int]) -> Dataset:
         samples = tuple(
-            # As it was annotated then: labels that came later are not on it.
-            _only(self._samples[i], self._labels, self._known(late, position))
+            # The annotation of that time: boxes of labels that came later are missing.
+            _with_labels(self._samples[i], self._labels, self._known_labels(late, position))
             for position, i in enumerate(state.labelled)
         )
-        assign(list(state.sides.values()))
+        assign(list(state.items.values()))
         task_of = {self._samples[i].key: i for i in state.labelled}
         return Dataset(
             labels=labels,
             samples=samples,
             task_of=task_of,
-            clip_of={key: _clip(state.sides[i]) for key, i in task_of.items()},
-            holdout=frozenset(k for k, i in task_of.items() if state.sides[i].side == "holdout"),
+            clip_of={key: _clip(state.items[i]) for key, i in task_of.items()},
+            holdout=frozenset(k for k, i in task_of.items() if state.items[i].side == "holdout"),
             revision=len(samples),
         )
 
-    def _note(self, state: _State, index: int, sample: Sample, labels: tuple[str, ...]) -> None:
+    def _add_item(self, state: _State, index: int, sample: Sample, labels: tuple[str, ...]) -> None:
         names = frozenset(labels[i] for i in sample.labels.tolist())
         if index not in self._fingerprints:
             image = decode_image(sample.image, max_pixels=self._settings.image_max_pixels)
             self._fingerprints[index] = fingerprint(image)
-        state.sides[index] = Item(
+        state.items[index] = Item(
             index,
             sample.image.name,
             self._fingerprints[index],
             names,
-            by_chance=is_left_to_chance(index, self._settings.random_share),
+            by_chance=in_random_share(index, self._settings.random_share),
         )
 
     def _first_order(self, strategy: str, seed: int) -> list[int]:
-        """Before there is a detector: by diversity alone, or at random."""
+        """Orders the images before the first training: by diversity alone, or at random."""
         order = list(range(len(self._samples)))
         random.Random(seed).shuffle(order)
         if strategy == "random":
             return order
         if self._embeddings is None:
-            self._tell(0.0, "looking at the images")
+            self._on_progress(0.0, "embedding the images")
             preset = preset_named(self._settings.preset, self._device)
             trunk = Detector.pretrained(preset, self._labels, self._settings.weights, self._device)
             seen = predict_samples(trunk, self._samples, max_pixels=self._settings.image_max_pixels)
             rows = [seen[s.key].embedding for s in self._samples]
             self._embeddings = np.stack([row for row in rows if row is not None])
-        # A random half, so that seeds differ in more than chance later on.
+        # A random half: otherwise every seed would begin with the same images.
         pool = order[: max(len(order) // 2, min(len(order), 50))]
         wanted = max(self._settings.train_min, 2)
         chosen = [pool[i] for i in farthest_first(self._embeddings[pool], wanted)]
         return chosen + [i for i in order if i not in set(chosen)]
 
-    def _known(self, late: Mapping[str, int], labelled: int) -> tuple[str, ...]:
-        """The labels that the annotator knows by then; those that come late stand last."""
+    def _known_labels(self, late: Mapping[str, int], labelled: int) -> tuple[str, ...]:
+        """The labels that the annotator uses after a number of images; late labels come last."""
         first = tuple(label for label in self._labels if label not in late)
         came = sorted((n, label) for label, n in late.items() if labelled >= n)
         return first + tuple(label for _, label in came)
 
 
-def _only(sample: Sample, labels: Sequence[str], known: Sequence[str]) -> Sample:
-    """A sample with the boxes of known labels alone, as indices into them."""
+def _with_labels(sample: Sample, labels: Sequence[str], known: Sequence[str]) -> Sample:
+    """Keeps the boxes of known labels alone; the labels become indices into the known ones."""
     if tuple(labels) == tuple(known):
         return sample
     position = {label: i for i, label in enumerate(known)}
@@ -385,5 +354,5 @@ def _only(sample: Sample, labels: Sequence[str], known: Sequence[str]) -> Sample
 
 
 def _clip(item: Item) -> int:
-    assert item.clip is not None, "decided by then"
+    assert item.clip is not None, "`assign` sets it"
     return item.clip

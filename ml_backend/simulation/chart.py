@@ -1,4 +1,4 @@
-"""The curves of simulated campaigns, as a picture."""
+"""Draws the curves of simulated campaigns. The only module that imports matplotlib."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ml_backend.simulation.campaign import Campaign
+from ml_backend.simulation.results import Campaign
 
 
 def check_picture(file: Path) -> None:
-    """Whether a picture can be written there, before there is one.
+    """Checks that a picture can be written to a file, before there is a picture.
 
     Raises:
-        ValueError: its ending is not that of a picture, or its folder cannot be written into.
+        ValueError: the file has no ending of a picture, or its folder cannot be written.
     """
     kinds = Figure().canvas.get_supported_filetypes()
     if file.suffix[1:].lower() not in kinds:
@@ -25,16 +25,16 @@ def check_picture(file: Path) -> None:
 
 
 def draw_campaigns(campaigns: Sequence[Campaign], title: str, file: Path) -> None:
-    """Draws, for each price of a box, hours over images, and the AP50 of what is not yet labelled.
+    """Draws hours of work over images for each price of a box, and AP50 on unlabelled images.
 
     Args:
-        campaigns: at least one; those of one name get one colour.
-        title: above it all.
-        file: receives the picture; its ending says the format (PNG, SVG, PDF).
+        campaigns: at least one; campaigns of one name get one colour.
+        title: title of the picture.
+        file: receives the picture; its ending names the format (PNG, SVG, PDF).
 
     Raises:
         OSError: the file cannot be written.
-        ValueError: its ending is not that of a picture.
+        ValueError: the file has no ending of a picture.
     """
     prices = list(campaigns[0].human)
     names = list(dict.fromkeys(c.name for c in campaigns))
@@ -57,15 +57,15 @@ def draw_campaigns(campaigns: Sequence[Campaign], title: str, file: Path) -> Non
             f"{colour[campaign.name]}o-",
             label=name,
         )
-    axes[-1].set(xlabel="images labelled", ylabel="AP50 on the rest", ylim=(0, 1))
-    axes[-1].set_title("what is live")
+    axes[-1].set(xlabel="images labelled", ylabel="AP50 on unlabelled images", ylim=(0, 1))
+    axes[-1].set_title("live version")
     axes[-1].legend()
     figure.suptitle(title)
     figure.savefig(file, dpi=120)
 
 
 def _named(campaigns: Sequence[Campaign]) -> list[tuple[str | None, Campaign]]:
-    """Each campaign, with its name where it is the first of it: one entry in the legend."""
+    """Pairs each campaign with its name, once for each name: one entry in the legend."""
     seen: set[str] = set()
     named: list[tuple[str | None, Campaign]] = []
     for campaign in campaigns:

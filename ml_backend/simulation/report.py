@@ -1,4 +1,4 @@
-"""Runs the campaigns that were asked for, and says what they came to."""
+"""Runs the campaigns of a plan, and reports their results."""
 
 from __future__ import annotations
 
@@ -13,30 +13,34 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Column, Table
 
-from ml_backend.acquisition.acquisition import STRATEGIES
 from ml_backend.datasets.types import DatasetError, LabelledData
 from ml_backend.detection.decoding import UndecodableImage, decode_image
 from ml_backend.detection.device import resolve_device
 from ml_backend.detection.types import Sample
+from ml_backend.extensions import STRATEGIES
 from ml_backend.settings import Settings
-from ml_backend.simulation.campaign import FIRST, Campaign, Simulation, Tell
+from ml_backend.simulation.campaign import ONE_ROUND_IMAGES, Simulation
+from ml_backend.simulation.results import Campaign, OnProgress, OnRound, Round
 from ml_backend.training.trainer import cost_model
 
 _log = logging.getLogger(__name__)
-_PRICES = 4
-"""Prices at most: more columns than a terminal has."""
+_MAX_PRICES = 4
+"""Each price takes a column of the table, and a terminal has no room for more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Which campaigns are run.
+    """Names the campaigns to run.
 
     Attributes:
-        strategies: names in `acquisition.STRATEGIES`.
-        seeds: one campaign of each strategy for each.
+        strategies: names in `ml_backend.extensions.STRATEGIES`.
+        seeds: every strategy gets one campaign for each seed.
         prices: seconds that drawing a box takes.
-        story: whether one round after the first images is run as well, for each seed.
-        stop_after: images after which each ends; None for all.
+        story: whether a campaign with a single training is run as well, for each seed.
+        stop_after: number of images after which a campaign ends; None for all images.
+
+    Raises:
+        ValueError: a value is wrong; the text names the command's option.
     """
 
     strategies: tuple[str, ...]
@@ -49,19 +53,21 @@ class Plan:
         for what, values in (("strategies", self.strategies), ("seeds", self.seeds)):
             if len(set(values)) < len(values):
                 raise ValueError(f"{what}: each once, please")
-        if not 1 <= len(set(self.prices)) == len(self.prices) <= _PRICES:
-            raise ValueError(f"prices: 1 to {_PRICES} of them, each once")
+        if not 1 <= len(set(self.prices)) == len(self.prices) <= _MAX_PRICES:
+            raise ValueError(f"prices: 1 to {_MAX_PRICES} of them, each once")
         for name in self.strategies:
             if name not in STRATEGIES:
-                raise ValueError(f"there is no strategy {name!r}: {', '.join(STRATEGIES)}")
+                raise ValueError(
+                    f"there is no strategy {name!r}: it must be one of {', '.join(STRATEGIES)}"
+                )
         if not all(0 < price < 3600 for price in self.prices):
             raise ValueError("prices must be seconds, more than 0")
         if self.stop_after is not None and self.stop_after < 1:
             raise ValueError("stop-after must be at least 1")
 
 
-def usable(data: LabelledData, settings: Settings, on_progress: Tell) -> LabelledData:
-    """The data set without the images that cannot be decoded: no campaign ends in the middle.
+def keep_decodable(data: LabelledData, settings: Settings, on_progress: OnProgress) -> LabelledData:
+    """Leaves out the images that cannot be decoded, so that no campaign fails in its middle.
 
     Raises:
         DatasetError: too few images are left for a training.
@@ -69,7 +75,7 @@ def usable(data: LabelledData, settings: Settings, on_progress: Tell) -> Labelle
     samples: list[Sample] = []
     left_out = Counter(data.left_out)
     for number, sample in enumerate(data.samples):
-        on_progress(number / len(data.samples), "looking at the images")
+        on_progress(number / len(data.samples), "decoding the images")
         try:
             decode_image(sample.image, max_pixels=settings.image_max_pixels)
         except (UndecodableImage, OSError) as error:
@@ -86,19 +92,24 @@ def usable(data: LabelledData, settings: Settings, on_progress: Tell) -> Labelle
 
 
 def run(
-    plan: Plan, settings: Settings, data: LabelledData, on_progress: Tell
+    plan: Plan,
+    settings: Settings,
+    data: LabelledData,
+    on_progress: OnProgress,
+    on_round: OnRound,
 ) -> Iterator[Campaign]:
     """Runs the campaigns of a plan, one after the other, and yields each as it ends.
 
     Args:
-        plan: which.
-        settings: as of a live project; trainings take all cores where it does not say how many.
+        plan: names the campaigns.
+        settings: those of a live project; without `train_threads`, trainings take all cores.
         data: labelled images, all of which can be decoded.
-        on_progress: told the fraction of all that is done, and a sentence.
+        on_progress: receives the fraction of the whole plan that is done, and a sentence.
+        on_round: receives the campaign's name, its seed, and every round as it ends.
     """
     if settings.train_threads is None:
         settings = settings.model_copy(update={"train_threads": os.cpu_count()})
-    first = min(FIRST, max(2, len(data.samples) // 2))
+    first = min(ONE_ROUND_IMAGES, max(2, len(data.samples) // 2))
     total = len(plan.seeds) * (len(plan.strategies) + plan.story)
     done = 0
 
@@ -106,7 +117,13 @@ def run(
         on_progress((done + fraction) / total, f"{done + 1} of {total}: {words}")
 
     simulation = Simulation(
-        settings, resolve_device(settings.device), data.labels, data.samples, plan.prices, tell
+        settings,
+        resolve_device(settings.device),
+        data.labels,
+        data.samples,
+        plan.prices,
+        tell,
+        on_round,
     )
     for seed in plan.seeds:
         for strategy in plan.strategies:
@@ -119,11 +136,11 @@ def run(
 
 
 def summary_table(plan: Plan, campaigns: Sequence[Campaign]) -> Table:
-    """The campaigns, a row each, for the terminal."""
+    """Makes a table of the campaigns, a row each, for the terminal."""
     table = Table(Column("campaign", no_wrap=True), "seed", Column("machine", no_wrap=True))
     for price in plan.prices:
         table.add_column(f"{price:g} s a box", justify="right", no_wrap=True)
-    # Some may have been stopped early.
+    # A campaign may have been stopped early: the longest one says what all images cost by hand.
     hand = [_duration(max(one.by_hand[p][-1] for one in campaigns)) for p in plan.prices]
     table.add_row("all by hand", "", "", *hand)
     for one in campaigns:
@@ -134,8 +151,18 @@ def summary_table(plan: Plan, campaigns: Sequence[Campaign]) -> Table:
     return table
 
 
-def curves(campaigns: Sequence[Campaign]) -> list[str]:
-    """Of each campaign, the AP50 of what is not labelled yet after each training, in words."""
+def describe_round(campaign: str, seed: int, finished: Round) -> str:
+    """Describes the result of one training, in a line."""
+    outcome = "promoted" if finished.promoted else "not promoted"
+    return (
+        f"{campaign}, seed {seed}: training after {finished.images} images took "
+        f"{_duration(finished.seconds)}, {outcome}, AP50 {finished.map50:.2f} "
+        f"({finished.map50_of_rest:.2f} on the images that are not labelled)"
+    )
+
+
+def describe_curves(campaigns: Sequence[Campaign]) -> list[str]:
+    """Describes the AP50 on unlabelled images after each training, a line for each campaign."""
     return [
         f"{one.name}, seed {one.seed}: AP50 of the rest "
         + (
@@ -149,7 +176,7 @@ def curves(campaigns: Sequence[Campaign]) -> list[str]:
 def as_dict(
     plan: Plan, settings: Settings, data: LabelledData, campaigns: Sequence[Campaign]
 ) -> dict[str, Any]:
-    """The same and more, for programs: with all that it takes to run it again."""
+    """Makes the report as JSON values, with everything that is needed to run the plan again."""
     return {
         "plan": dataclasses.asdict(plan),
         "settings": {

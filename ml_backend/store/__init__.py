@@ -1,1 +1,1 @@
-"""What is remembered: tables in a database, model versions in a registry of folders."""
+"""What is remembered: tables in a database, model versions in folders or a bucket."""

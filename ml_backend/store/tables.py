@@ -302,7 +302,7 @@ class Job(Base):
 
 
 class ModelVersion(Base):
-    """A detector that was trained for a project; its artefact lies in the registry."""
+    """A detector that was trained for a project; its artefact lies in the artefact store."""
 
     __tablename__ = "model_versions"
     __table_args__ = (UniqueConstraint("project_id", "name"),)

@@ -1,4 +1,4 @@
-"""What lies in a version's folder, read whole: a version with a damaged part serves nobody."""
+"""Reads the files of a model version. A version with one damaged file cannot be used at all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from ml_backend.acquisition.acquisition import Reference
+from ml_backend.acquisition.reference import Reference
 from ml_backend.detection.detector import CorruptDetector, Detector
 from ml_backend.detection.types import Detections
 from ml_backend.training.out_of_fold import load_out_of_fold
@@ -16,13 +16,13 @@ from ml_backend.training.out_of_fold import load_out_of_fold
 
 @dataclass(frozen=True, slots=True)
 class Artefact:
-    """A version, as a training wrote it.
+    """A model version, as its training wrote it.
 
     Attributes:
-        detector: what predicts.
-        reference: what acquisition scores are made from.
-        out_of_fold: what was predicted of images that it has learned by detectors that had not, by
-            sample key; empty where a hold-out measured it.
+        detector: the detector.
+        reference: statistics of the training images, for acquisition scores.
+        out_of_fold: predictions on the training images, by sample key, each by a detector that was
+            not trained on the image; empty where a hold-out measured the version.
     """
 
     detector: Detector
@@ -31,7 +31,11 @@ class Artefact:
 
 
 def load_artefact(folder: Path, device: torch.device) -> Artefact:
-    """Reads a version.
+    """Reads a model version from its folder.
+
+    Args:
+        folder: the version's folder.
+        device: receives the detector.
 
     Raises:
         CorruptDetector: a file is missing or damaged; the text names the folder.

@@ -21,7 +21,7 @@ import numpy as np
 from sqlalchemy import String, or_, select
 from sqlalchemy import cast as sql_cast
 
-from ml_backend.acquisition.acquisition import is_left_to_chance
+from ml_backend.acquisition.random_share import in_random_share
 from ml_backend.detection.decoding import UndecodableImage, decode_image
 from ml_backend.detection.types import Sample
 from ml_backend.label_studio.controls.base import Control
@@ -275,7 +275,7 @@ def _sides(
             name=f.name,
             fingerprint=f.fingerprint,
             labels=frozenset(names),
-            by_chance=is_left_to_chance(f.task, random_share),
+            by_chance=in_random_share(f.task, random_share),
             clip=f.clip,
             side=f.side,
         )

@@ -11,8 +11,8 @@ from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from ml_backend.reasons import Code, Reason, reason
+from ml_backend.store.artefacts import ArtefactStore, VersionMissing
 from ml_backend.store.database import Database
-from ml_backend.store.registry import Registry, VersionMissing
 from ml_backend.store.states import VersionState
 from ml_backend.store.tables import ModelVersion, Project, now
 
@@ -90,9 +90,9 @@ def judge(
 class Versions:
     """A project's model versions: which there are, and which is live."""
 
-    def __init__(self, database: Database, registry: Registry) -> None:
+    def __init__(self, database: Database, artefacts: ArtefactStore) -> None:
         self._database = database
-        self._registry = registry
+        self._artefacts = artefacts
 
     def record(
         self,
@@ -224,7 +224,7 @@ class Versions:
                 version.state = VersionState.PRUNED
             key = project.key
         for version in doomed:
-            self._registry.remove(key, version.name)
+            self._artefacts.remove(key, version.name)
         return [v.name for v in doomed]
 
     def _check(self, session: Session, project: Project, name: str) -> None:
@@ -243,7 +243,7 @@ class Versions:
                 f"version {name} was deleted to make room (ML_BACKEND_KEEP_VERSIONS): "
                 "`ml-backend versions` lists what there is"
             )
-        self._registry.existing(project.key, name)
+        self._artefacts.check(project.key, name)
 
     @staticmethod
     def _previous(session: Session, project: Project) -> str | None:

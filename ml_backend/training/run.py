@@ -23,8 +23,8 @@ from ml_backend.label_studio.label_config import LabelConfigError, parse_label_c
 from ml_backend.projects.clients import Clients
 from ml_backend.reasons import Code, reason
 from ml_backend.settings import Settings
+from ml_backend.store.artefacts import ArtefactStore, VersionMissing
 from ml_backend.store.database import Database
-from ml_backend.store.registry import Registry, VersionMissing
 from ml_backend.store.tables import Project
 from ml_backend.training.artefact import load_artefact
 from ml_backend.training.dataset import Dataset, build_dataset
@@ -41,7 +41,7 @@ class TrainingRun:
     Args:
         settings: budget, preset, weights, device.
         database: where the annotations are; it is only read.
-        registry: receives the version.
+        artefacts: receives the version.
         label_studios: where images are read.
         report: hears how far the training is.
         label_studio_fails: why Label Studio could not be read back just now; None where it could.
@@ -51,16 +51,16 @@ class TrainingRun:
         self,
         settings: Settings,
         database: Database,
-        registry: Registry,
+        artefacts: ArtefactStore,
         label_studios: Clients,
         report: Reporter,
         label_studio_fails: str | None = None,
     ) -> None:
         self._settings = settings
         self._database = database
-        self._registry = registry
+        self._artefacts = artefacts
         self._label_studios = label_studios
-        self._versions = Versions(database, registry)
+        self._versions = Versions(database, artefacts)
         self._report = report
         self._label_studio_fails = label_studio_fails
 
@@ -145,7 +145,7 @@ class TrainingRun:
             save_out_of_fold(folder, dataset.labels, lesson.out_of_fold)
 
         self._report.check()
-        self._registry.publish(project.key, name, write, card)
+        self._artefacts.publish(project.key, name, write, card)
         return Done(
             lesson.verdict.reason,
             name,
@@ -161,7 +161,7 @@ class TrainingRun:
         if project.live_version is None:
             return None
         try:
-            folder = self._registry.existing(project.key, project.live_version)
+            folder = self._artefacts.existing(project.key, project.live_version)
             live = load_artefact(folder, device)
         except (VersionMissing, CorruptDetector) as error:
             # It cannot serve either: whatever the new version can do is better.
@@ -171,7 +171,7 @@ class TrainingRun:
 
     def _name(self, project: Project, dataset: Dataset, lesson: Lesson) -> str:
         number = self._versions.count(project.id) + 1
-        # The tail keeps it apart from a version of the same number whose registry was lost:
+        # The tail keeps it apart from a version of the same number whose artefacts were lost:
         # Label Studio may still hold predictions under that name.
         return (
             f"v{number}-{lesson.detector.preset.name}-{dataset.tasks}tasks"

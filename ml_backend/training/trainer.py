@@ -12,7 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ml_backend.acquisition.acquisition import Reference, label_weights, uncertainty
+from ml_backend.acquisition.image_uncertainty import image_uncertainty
+from ml_backend.acquisition.label_weights import label_weights
+from ml_backend.acquisition.reference import Reference
 from ml_backend.detection.calibration import calibrate, fit_calibration
 from ml_backend.detection.costs import CostModel, cheapest_thresholds, shown
 from ml_backend.detection.detector import Detector
@@ -336,7 +338,7 @@ class Teacher:
         rows = [d.embedding for d in seen.values() if d.embedding is not None]
         return Reference(
             weights=weights,
-            doubts=np.sort([uncertainty(p, weights) for p in predictions]),
+            uncertainties=np.sort([image_uncertainty(p, weights) for p in predictions]),
             embeddings=np.stack(rows) if rows else np.zeros((0, 1), np.float32),
         )
 

@@ -18,8 +18,8 @@ from ml_backend.jobs.reports import End
 from ml_backend.jobs.requests import Requests
 from ml_backend.reasons import Reason
 from ml_backend.settings import Settings
+from ml_backend.store.artefacts import ArtefactStore
 from ml_backend.store.database import Database
-from ml_backend.store.registry import Registry
 from ml_backend.store.states import JobKind, JobState
 from ml_backend.store.tables import Job, ModelVersion, Project
 from ml_backend.training.promotion import Verdict, Versions
@@ -37,7 +37,7 @@ class Results:
         requests: asks for the jobs that follow.
         queue: receives the shards of an auto-labelling.
         versions: receives new versions.
-        registry: holds their artefacts.
+        artefacts: holds their artefacts.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Results:
         requests: Requests,
         queue: Queue,
         versions: Versions,
-        registry: Registry,
+        artefacts: ArtefactStore,
     ) -> None:
         self._settings = settings
         self._database = database
@@ -56,7 +56,7 @@ class Results:
         self._requests = requests
         self._queue = queue
         self._versions = versions
-        self._registry = registry
+        self._artefacts = artefacts
 
     def store(self, job: Job, end: End) -> None:
         """Ends a job as done, and stores its result.
@@ -104,7 +104,7 @@ class Results:
                 )
             if stored is None:
                 # Nobody will ever ask for the artefact.
-                self._registry.remove(project.key, name)
+                self._artefacts.remove(project.key, name)
             raise
         try:
             self._versions.prune(job.project_id, self._settings.keep_versions)

@@ -25,7 +25,8 @@ from ml_backend.datasets.reader import read_dataset
 from ml_backend.detection.device import resolve_device
 from ml_backend.detection.types import Sample
 from ml_backend.settings import load_settings
-from ml_backend.simulation.campaign import Round, Simulation
+from ml_backend.simulation.campaign import Simulation
+from ml_backend.simulation.results import Round
 
 _err = Console(stderr=True)
 

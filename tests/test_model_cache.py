@@ -1,4 +1,4 @@
-"""Loaded models: how long each stays, who it stays for, and what goes when memory is scarce."""
+"""The model cache: loading, swapping versions, eviction when memory is scarce, damaged files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ml_backend.detection.presets import PRESETS
 from ml_backend.label_studio.label_config import parse_label_config
 from ml_backend.projects.clients import Clients
 from ml_backend.serving import model_cache as module
-from ml_backend.serving.model_cache import Models
+from ml_backend.serving.model_cache import ModelCache
 from ml_backend.serving.predictions import Serving
 from ml_backend.settings import load_settings
 from ml_backend.store.tables import Project
@@ -34,7 +34,7 @@ PICTURE = Image.new("RGB", (96, 64), "grey")
 
 
 class Loaded:
-    """Models of several projects, and the detectors that are in memory."""
+    """A model cache with several projects, and the detectors that are in memory."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         settings = {
@@ -43,7 +43,9 @@ class Loaded:
             "ML_BACKEND_DEVICE": "cpu",
         }
         self.backend = Backend(load_settings(settings))
-        self.models = Models(self.backend.settings, self.backend.database, self.backend.registry)
+        self.models = ModelCache(
+            self.backend.settings, self.backend.database, self.backend.artefacts
+        )
         self._detectors: list[weakref.ref[Detector]] = []
         self._threads: list[threading.Thread] = []
         load = Detector.load
@@ -57,7 +59,7 @@ class Loaded:
         monkeypatch.setattr(module, "_WATCH", 0.05)
 
     def learn(self, number: int, name: str = "v1") -> Project:
-        """Makes a version live; answers its project."""
+        """Makes a version live; returns its project."""
         detector = Detector.pretrained(PRESETS["tiny"], ("car",), "none", CPU)
         detector.thresholds = {"car": 0.0}
         key = f"{number}.1795463889"
@@ -65,18 +67,18 @@ class Loaded:
         return self.backend.ingest.introduce(key, number, label_config=CONFIG)
 
     def use(self, project: Project) -> None:
-        """Predicts something."""
+        """Predicts one image."""
         with self.models.using(project) as model:
             assert model is not None
             model.predictor.submit(PICTURE).result()
 
     def in_memory(self) -> int:
-        """How many detectors are there, needed or not."""
+        """Counts the detectors in memory, in use or not."""
         gc.collect()
         return sum(detector() is not None for detector in self._detectors)
 
     def loads(self) -> int:
-        """How often one was loaded."""
+        """Counts the loads of detectors."""
         return len(self._detectors)
 
     def watch(self) -> None:
@@ -85,7 +87,7 @@ class Loaded:
         self._threads[-1].start()
 
     def close(self) -> None:
-        """Ends it."""
+        """Ends the cache and its threads."""
         self.models.close()
         for thread in self._threads:
             thread.join()
@@ -94,7 +96,7 @@ class Loaded:
 
 @pytest.fixture
 def loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loaded]:
-    """No model yet."""
+    """An empty cache."""
     made = Loaded(tmp_path, monkeypatch)
     yield made
     made.close()
@@ -104,14 +106,14 @@ def _memory(monkeypatch: pytest.MonkeyPatch, left: Callable[[], float]) -> None:
     monkeypatch.setattr(module, "_memory_left", lambda device: left())
 
 
-def test_scarce_memory_costs_as_many_models_as_it_must(
+def test_using_scarce_memory_evicts_the_least_recently_used_model_alone(
     loaded: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     projects = [loaded.learn(number) for number in range(1, 5)]
     _memory(monkeypatch, lambda: 0.5 if loaded.in_memory() <= 3 else 0.01)
     for project in projects:
         loaded.use(project)
-    # The fourth took the place of the one used longest ago, and of no other.
+    # The fourth model has evicted the first one alone.
     assert loaded.in_memory() == 3
     assert loaded.loads() == 4
     for project in projects[1:]:
@@ -122,7 +124,7 @@ def test_scarce_memory_costs_as_many_models_as_it_must(
     assert loaded.in_memory() == 3
 
 
-def test_where_nothing_helps_what_is_used_and_what_was_just_loaded_stay(
+def test_using_scarce_memory_keeps_models_in_use_and_the_newest(
     loaded: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second, third = (loaded.learn(number) for number in (1, 2, 3))
@@ -137,7 +139,7 @@ def test_where_nothing_helps_what_is_used_and_what_was_just_loaded_stay(
     assert loaded.loads() == 3
 
 
-def test_who_began_on_a_version_ends_on_it(loaded: Loaded) -> None:
+def test_using_promotion_meanwhile_keeps_the_old_version_until_the_end(loaded: Loaded) -> None:
     project = loaded.learn(1)
     with loaded.models.using(project) as old:
         assert old is not None
@@ -162,13 +164,13 @@ def test_who_began_on_a_version_ends_on_it(loaded: Loaded) -> None:
         ("out_of_fold.json", '{"labels": ["car"], "predic'),
     ],
 )
-def test_a_version_with_a_damaged_part_serves_again_once_that_is_restored(
+def test_using_damaged_version_serves_the_earlier_one_until_the_file_is_restored(
     file: str, content: str, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_RETRY", 1.0)
     loaded.learn(1)
     project = loaded.learn(1, "v2")
-    path = loaded.backend.registry.existing(project.key, "v2") / file
+    path = loaded.backend.artefacts.existing(project.key, "v2") / file
     whole = path.read_bytes() if path.exists() else None
     path.write_text(content)
     loaded.use(project)
@@ -183,19 +185,19 @@ def test_a_version_with_a_damaged_part_serves_again_once_that_is_restored(
 
 
 class _Slow:
-    """Images that come when they are let through."""
+    """Images that arrive once the test lets them."""
 
     def __init__(self, picture: bytes) -> None:
         self.through = threading.Event()
         self._picture = picture
 
     def fetch(self, task: int | None, value: str) -> bytes:
-        """A picture, after all."""
+        """Waits, then returns a picture."""
         self.through.wait(300)
         return self._picture
 
 
-def test_what_goes_on_beyond_a_deadline_keeps_its_model(
+def test_predict_task_beyond_the_deadline_keeps_its_model_open(
     loaded: Loaded,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -215,7 +217,7 @@ def test_what_goes_on_beyond_a_deadline_keeps_its_model(
     loaded.use(other)
     assert loaded.in_memory() == 2
     images.through.set()
-    # It ends well, and only then the model is nobody's.
+    # The late task succeeds; its model has no user from then on, and can be evicted.
     third = loaded.learn(3)
     wait_for(lambda: _idle(loaded, project), within=30, what="it is done")
     loaded.use(third)

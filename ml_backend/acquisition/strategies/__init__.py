@@ -1,0 +1,1 @@
+"""Acquisition strategies, one file each; `ml_backend.extensions.STRATEGIES` names them."""
