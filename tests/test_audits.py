@@ -12,7 +12,8 @@ import pytest
 from sqlalchemy import select
 
 from ml_backend.acquisition.control_group import is_blind
-from ml_backend.audits.audits import AWAY, Boxes
+from ml_backend.audits.audits import AWAY
+from ml_backend.audits.compare import Boxes
 from ml_backend.backend import Backend
 from ml_backend.demo.label_studio_server import LabelStudioServer, free_port
 from ml_backend.demo.project import LABEL_CONFIG, create_project
@@ -24,6 +25,8 @@ from ml_backend.settings import load_settings
 from ml_backend.store.tables import Annotation, Audit, Project
 from ml_backend.training.dataset import build_dataset
 from ml_backend.training.promotion import Verdict
+from ml_backend.wording import words
+from ml_backend.wording.audits import summary_lines
 from tests.conftest import RunningBackend, ask, wait_for
 
 PAIRS = """<View>
@@ -239,7 +242,7 @@ def test_boxes_are_counted_by_what_became_of_them(
 
     # Deleted, it counts no longer.
     site.call("DELETE", f"/api/annotations/{annotation}/")
-    site.read_back()
+    site.count()
     assert site.backend.audits.summary(site.row) is None
 
 
@@ -279,7 +282,7 @@ def test_predictions_accepted_in_bulk(label_studio: LabelStudioServer, tmp_path:
     assert summary.ours.boxes == Boxes(accepted=3)
     # Nobody's time was taken, so none is said to be saved.
     assert summary.ours.hours_saved is None
-    assert len(summary.in_words()) == 1
+    assert len(summary_lines(summary)) == 1
     # Nobody has seen that the first one is empty: it is not learned. What people say is empty, is.
     assert site.learned() == site.tasks[1:]
     empty = site.predict(site.tasks[0], [])
@@ -306,7 +309,7 @@ def test_the_time_before_the_first_version_counts_though_tasks_were_chosen_by_th
     assert summary.early is not None
     assert (summary.early.annotations, summary.early.mean) == (5, 34.6)
     assert summary.ours.hours_saved == pytest.approx(30.0 / 3600)
-    assert "5 of them from before the first version" in summary.against
+    assert "5 of them from before the first version" in words(summary.against)
 
 
 def test_a_rectangle_and_its_label_are_one_box(
@@ -354,7 +357,7 @@ def test_hours_saved_are_measured_against_work_without_boxes(
     assert summary is not None
     # Against the stated costs: 3.3 + 3 · 7.0 - 8.6.
     assert summary.ours.hours_saved == pytest.approx(15.7 / 3600)
-    assert "stated costs (3.3 s an image and 7 s a box)" in summary.against
+    assert "stated costs (3.3 s an image and 7 s a box)" in words(summary.against)
     assert (summary.blind, summary.early and summary.early.mean) == (None, 34.6)
 
     # Four blind ones and the early one are enough together.
@@ -366,7 +369,7 @@ def test_hours_saved_are_measured_against_work_without_boxes(
     summary = site.backend.audits.summary(site.row)
     assert summary is not None
     assert summary.ours.hours_saved == pytest.approx((2 * 24.3 - 8.6) / 3600)
-    assert "before the first version" in summary.against
+    assert "before the first version" in words(summary.against)
     assert summary.ours.boxes == Boxes(accepted=3)
 
     # Five blind ones are a fair sample by themselves. Somebody left a page open for hours, and in
@@ -382,7 +385,7 @@ def test_hours_saved_are_measured_against_work_without_boxes(
     site.count()
     summary = site.backend.audits.summary(site.row)
     assert summary is not None
-    assert "5 annotations of tasks that are kept without boxes (34.6 s" in summary.against
+    assert "5 annotations of tasks that are kept without boxes (34.6 s" in words(summary.against)
     assert summary.blind is not None
     assert summary.blind.per_box == pytest.approx(17.3)
     assert summary.ours.annotations == 4
@@ -394,7 +397,9 @@ def test_hours_saved_are_measured_against_work_without_boxes(
     assert summary.ours.hours_saved == pytest.approx(saved / 3600)
     assert summary.ours.boxes == Boxes(accepted=9, added=2)
     assert site.boxes(first) == Boxes(accepted=3)
-    assert summary.in_words()[1].startswith("saved 0.8 minutes (33.4 s an annotation with boxes)")
+    assert summary_lines(summary)[1].startswith(
+        "saved 0.8 minutes (33.4 s an annotation with boxes)"
+    )
 
 
 def test_a_label_studio_that_is_away_is_asked_again_later(

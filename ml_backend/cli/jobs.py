@@ -14,7 +14,7 @@ from ml_backend.cli.output import err, fail, out, print_json
 
 if TYPE_CHECKING:
     from ml_backend.backend import Backend
-    from ml_backend.store.tables import Job
+    from ml_backend.store.tables import Job, Project
 
 _TAKEN_WITHIN = 15.0
 """Seconds in which a worker takes a job, where one runs."""
@@ -28,6 +28,7 @@ def train(
     """Start a training at once."""
     backend = open_backend()
     row = find_project(backend, project)
+    _read_back(backend, row)
     asked = backend.jobs.consider_training(row.id, trigger="command", forced=True)
     if asked.enqueue:
         backend.tasks.put("train", asked.job)
@@ -74,6 +75,24 @@ def autolabel(
         )
     if job.state in {"refused", "failed"}:
         raise typer.Exit(1)
+
+
+def _read_back(backend: Backend, project: Project) -> None:
+    """Reads back annotations that no webhook told of; a failure is said, and does not stop."""
+    from ml_backend.label_studio.client import LabelStudioError
+    from ml_backend.projects.reconcile import reconcile
+
+    client = backend.label_studios.client(project)
+    if client is None:
+        return
+    try:
+        reconcile(project, client, backend.database, backend.ingest)
+    except LabelStudioError as error:
+        err.print(
+            f"[yellow]not read back from Label Studio:[/] {escape(str(error))}",
+            soft_wrap=True,
+            highlight=False,
+        )
 
 
 def _wait(backend: Backend, job_id: int) -> Job:

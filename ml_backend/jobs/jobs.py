@@ -10,7 +10,7 @@ from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from ml_backend.jobs.schedule import Decision, Situation, decide
-from ml_backend.projects.ingest import annotated_tasks, changes_since
+from ml_backend.projects.counts import annotated_tasks, changes_since
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
 from ml_backend.store.tables import UNTRAINED, Annotation, Job, Project, Task, now

@@ -33,7 +33,12 @@ class ProjectKey:
 
 @dataclass(frozen=True, slots=True)
 class ProjectInfo:
-    """A project, as webhooks and the API show it; `updated_at` only webhooks tell."""
+    """A project, as webhooks and the API show it.
+
+    Attributes:
+        updated_at: only webhooks tell.
+        annotations: how many annotations it has, skipped ones left out, where Label Studio says so.
+    """
 
     key: str
     id: int
@@ -42,6 +47,7 @@ class ProjectInfo:
     model_version: str | None
     sampling: str | None
     updated_at: datetime | None = None
+    annotations: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +211,7 @@ def read_project(content: object) -> ProjectInfo:
         model_version=_optional_text(fields.get("model_version")),
         sampling=_optional_text(fields.get("sampling")),
         updated_at=_moment(fields, "updated_at", "project") if "updated_at" in fields else None,
+        annotations=_optional_id(fields.get("total_annotations_number")),
     )
 
 

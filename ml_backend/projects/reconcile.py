@@ -10,7 +10,8 @@ from typing import Any
 
 from ml_backend.label_studio.client import LabelStudioClient
 from ml_backend.label_studio.events import read_annotation, read_task, readable
-from ml_backend.projects.ingest import Ingest, annotated_ids, live_annotations
+from ml_backend.projects.counts import annotated_ids, live_annotations
+from ml_backend.projects.ingest import Ingest
 from ml_backend.store.database import Database, in_chunks
 from ml_backend.store.tables import Project, now
 
