@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from ml_backend.acquisition.control_group import is_blind
 from ml_backend.audits.compare import Boxes, by_origin, compare
 from ml_backend.audits.summary import Summary, our_versions, summarise
-from ml_backend.audits.totals import Basis, change_totals
+from ml_backend.audits.totals import Basis, change_totals, replace_totals
 from ml_backend.label_studio.client import (
     Forbidden,
     LabelStudioClient,
@@ -91,8 +91,8 @@ class Audits:
             basis = Basis.of(session, project_id, self._settings).as_text()
         if project is None:
             return None
-        if not pending and project.audit_basis != basis:
-            self._store(project_id, [])
+        if project.audit_basis != basis:
+            replace_totals(self._database, project_id, self._settings)
         if not pending:
             self._counted[project_id] = project.revision
             self._write_cards(project_id)

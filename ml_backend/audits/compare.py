@@ -6,7 +6,7 @@ Label Studio's editor copies the prediction's regions with their ids, so boxes a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 
 from ml_backend.label_studio.regions import Box
 
@@ -34,8 +34,13 @@ class Boxes:
 
     def plus(self, other: Boxes, sign: int = 1) -> Boxes:
         """Adds other counts, or subtracts them (`sign=-1`)."""
-        pairs = zip(astuple(self), astuple(other), strict=True)
-        return Boxes(*(a + sign * b for a, b in pairs))
+        return Boxes(
+            self.accepted + sign * other.accepted,
+            self.moved + sign * other.moved,
+            self.relabelled + sign * other.relabelled,
+            self.deleted + sign * other.deleted,
+            self.added + sign * other.added,
+        )
 
     def as_dict(self) -> dict[str, int]:
         """The counts by name."""

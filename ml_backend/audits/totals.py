@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal, NamedTuple, Protocol
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from ml_backend.audits.compare import Boxes
 from ml_backend.settings import Settings
+from ml_backend.store.database import Database
 from ml_backend.store.tables import Audit, AuditTotal, ModelVersion, Project
 
 FAR_TOO_LONG = 3.0
@@ -171,22 +172,37 @@ def change_totals(
     Args:
         session: the transaction.
         project: locked.
-        basis: the present one. Where the sums were made by another one, all audits are summed,
-            which takes a second for each 100,000, once.
+        basis: the present one; where the sums were made by another one, all audits are summed.
         before: the audits that were replaced.
         after: the audits that replaced them, or are new.
     """
     if project.audit_basis != basis.as_text():
-        session.execute(delete(AuditTotal).where(AuditTotal.project_id == project.id))
-        changes = sum_audits(session, project.id, basis)
-        project.audit_basis = basis.as_text()
-    else:
-        changes = {}
-        for audits, sign in ((before, -1), (after, 1)):
-            for audit in audits:
-                _add(changes, contribution(audit, basis), sign)
+        _replace(session, project, basis, sum_audits(session, project.id, basis))
+        return
+    changes: dict[Group, Totals] = {}
+    for audits, sign in ((before, -1), (after, 1)):
+        for audit in audits:
+            _add(changes, contribution(audit, basis), sign)
     for group, totals in changes.items():
         _change(session, project.id, group, totals)
+
+
+def replace_totals(database: Database, project_id: int, settings: Settings) -> None:
+    """Sums all audits of a project anew, and stores the sums with their basis.
+
+    The audits are summed before the writing begins, for seconds where there are 100,000: meanwhile,
+    webhooks must be able to write.
+    """
+    with database.reading() as session:
+        basis = Basis.of(session, project_id, settings)
+        state = _state(session, project_id)
+        sums = sum_audits(session, project_id, basis)
+    with database.session() as session:
+        project = session.get_one(Project, project_id, with_for_update=True)
+        if _state(session, project_id) != state:
+            # Another worker has counted meanwhile.
+            sums = sum_audits(session, project_id, basis)
+        _replace(session, project, basis, sums)
 
 
 def read_totals(session: Session, project_id: int, basis: Basis) -> dict[Group, Totals]:
@@ -205,6 +221,25 @@ def sum_audits(session: Session, project_id: int, basis: Basis) -> dict[Group, T
     for row in session.execute(select(*columns).where(Audit.project_id == project_id)):
         _add(found, contribution(row, basis), 1)
     return found
+
+
+def _state(session: Session, project_id: int) -> tuple[int, int]:
+    """Count and revisions of a project's audits: they differ once one was written."""
+    count, revisions = session.execute(
+        select(func.count(), func.coalesce(func.sum(Audit.revision), 0)).where(
+            Audit.project_id == project_id
+        )
+    ).one()
+    return count, revisions
+
+
+def _replace(
+    session: Session, project: Project, basis: Basis, sums: Mapping[Group, Totals]
+) -> None:
+    session.execute(delete(AuditTotal).where(AuditTotal.project_id == project.id))
+    for group, totals in sums.items():
+        _change(session, project.id, group, totals)
+    project.audit_basis = basis.as_text()
 
 
 def _add(sums: dict[Group, Totals], contributed: tuple[Group, Totals] | None, sign: int) -> None:

@@ -49,7 +49,7 @@ class Connected:
 
 
 def webhook_headers(settings: Settings) -> dict[str, str]:
-    """What Label Studio's webhooks must carry to be let in here."""
+    """Makes the headers that Label Studio's webhooks must carry to be let in here."""
     headers: dict[str, str] = {}
     if settings.webhook_secret is not None:
         headers[SECRET_HEADER] = settings.webhook_secret.get_secret_value()
@@ -60,10 +60,10 @@ def webhook_headers(settings: Settings) -> dict[str, str]:
 
 
 def connection_fields(settings: Settings, project: int, url: str, title: str) -> dict[str, Any]:
-    """A whole connection, as it is written to Label Studio.
+    """Makes all fields of a connection, as they are written to Label Studio.
 
-    Label Studio tries a connection whenever it is written, with the credentials that came along:
-    those that it has are not used, and cannot be read back.
+    Label Studio tries a connection whenever it is written, with the credentials that are written:
+    it does not use the stored ones, and does not show them.
 
     Args:
         settings: the credentials.
@@ -85,13 +85,13 @@ def connection_fields(settings: Settings, project: int, url: str, title: str) ->
 def own_connections(
     client: LabelStudioClient, project: Project, settings: Settings, database: Database
 ) -> list[dict[str, Any]]:
-    """Those of a project's connections that lead here; those of others are never touched.
+    """Finds the connections of a project that lead here; others are never touched.
 
-    One that was added by hand in Label Studio's page is known by what its address answers: each
-    time connections are listed, Label Studio asks their `/setup` and shows the answer as
-    `model_version`. What answers otherwise is not ours, whatever its title and address: every
-    backend's port is 9090, and Label Studio's localhost may be another machine. Only where nothing
-    was ever answered, title or address must do.
+    A connection that was added by hand in Label Studio's page is recognised by the answer of its
+    address: each time connections are listed, Label Studio asks their `/setup` and shows the
+    answer as `model_version`. A connection with another answer is not ours, whatever its title and
+    address: every backend's port is 9090, and Label Studio's localhost may be another machine.
+    Title or address decide only where nothing was ever answered.
     """
     found = client.ml_backends(project.label_studio_id)
     if project.connection_url is not None:
@@ -111,10 +111,10 @@ def own_connections(
 
 
 def has_credentials(connection: dict[str, Any], settings: Settings) -> bool:
-    """Whether a connection that nobody here made carries the user of our basic authentication.
+    """Tells whether a connection that was added by hand has the user of our basic authentication.
 
-    Without, it gets no password from us: another server may claim to answer as we do, whereas one
-    that leads here could not have been saved without the credentials.
+    A connection without that user gets no password from us: it may lead to another server that
+    answers as we do. One that leads here could not have been saved without the credentials.
     """
     if settings.basic_auth is None:
         return True

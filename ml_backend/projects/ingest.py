@@ -1,4 +1,4 @@
-"""What Label Studio tells of, stored: the same event twice, late or out of order does no harm.
+"""Stores what Label Studio tells: the same event twice, late or out of order does no harm.
 
 - An annotation is replaced only by a later state of itself (`updated_at`).
 - A deletion is final: it stays as a tombstone, which no late event revives. Only Label Studio's API
@@ -38,7 +38,7 @@ from ml_backend.store.tables import Annotation, Project, Task, now
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What an event did.
+    """The outcome of an event.
 
     Attributes:
         project_id: row of the project it concerns.
