@@ -175,7 +175,7 @@ class Site:
         return audit.version
 
 
-def test_boxes_are_counted_by_what_became_of_them(
+def test_update_annotation_of_a_prediction_counts_boxes_by_what_became_of_them(
     label_studio: LabelStudioServer, tmp_path: Path
 ) -> None:
     site = Site(label_studio, tmp_path, 4)
@@ -246,7 +246,7 @@ def test_boxes_are_counted_by_what_became_of_them(
     assert site.backend.audits.summary(site.row) is None
 
 
-def test_a_prediction_that_is_gone_before_it_is_counted(
+def test_update_prediction_already_deleted_counts_by_the_origin_of_regions(
     label_studio: LabelStudioServer, tmp_path: Path
 ) -> None:
     site = Site(label_studio, tmp_path, 1)
@@ -265,7 +265,9 @@ def test_a_prediction_that_is_gone_before_it_is_counted(
     assert site.version(annotation) is None
 
 
-def test_predictions_accepted_in_bulk(label_studio: LabelStudioServer, tmp_path: Path) -> None:
+def test_update_predictions_accepted_in_bulk_count_without_a_time(
+    label_studio: LabelStudioServer, tmp_path: Path
+) -> None:
     site = Site(label_studio, tmp_path, 3)
     site.make_version("v1")
     for number, task in enumerate(site.tasks):
@@ -291,7 +293,7 @@ def test_predictions_accepted_in_bulk(label_studio: LabelStudioServer, tmp_path:
     assert site.learned() == site.tasks
 
 
-def test_the_time_before_the_first_version_counts_though_tasks_were_chosen_by_then(
+def test_summary_chosen_tasks_before_the_first_version_are_a_baseline(
     label_studio: LabelStudioServer, tmp_path: Path
 ) -> None:
     site = Site(label_studio, tmp_path, 6)
@@ -312,7 +314,7 @@ def test_the_time_before_the_first_version_counts_though_tasks_were_chosen_by_th
     assert "5 of them from before the first version" in words(summary.against)
 
 
-def test_a_rectangle_and_its_label_are_one_box(
+def test_update_rectangle_and_its_label_count_as_one_box(
     label_studio: LabelStudioServer, tmp_path: Path
 ) -> None:
     site = Site(label_studio, tmp_path, 1, label_config=PAIRS)
@@ -327,7 +329,7 @@ def test_a_rectangle_and_its_label_are_one_box(
     assert site.boxes(annotation) == Boxes(1, 1, 1, 1, 1)
 
 
-def test_blind_tasks_stay_what_they_are() -> None:
+def test_is_blind_larger_share_keeps_the_tasks_of_a_smaller_one() -> None:
     tenth = {task for task in range(10_000) if is_blind(task, 0.1)}
     assert 900 < len(tenth) < 1100
     assert tenth < {task for task in range(10_000) if is_blind(task, 0.2)}
@@ -335,7 +337,7 @@ def test_blind_tasks_stay_what_they_are() -> None:
     assert all(is_blind(task, 1.0) for task in range(1000))
 
 
-def test_hours_saved_are_measured_against_work_without_boxes(
+def test_summary_enough_annotations_without_boxes_measures_hours_against_them(
     label_studio: LabelStudioServer, tmp_path: Path
 ) -> None:
     site = Site(label_studio, tmp_path, 40, ML_BACKEND_BLIND_SHARE="0.5")
@@ -402,7 +404,7 @@ def test_hours_saved_are_measured_against_work_without_boxes(
     )
 
 
-def test_a_label_studio_that_is_away_is_asked_again_later(
+def test_update_label_studio_away_answers_when_to_ask_again_and_logs_once(
     label_studio: LabelStudioServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     site = Site(label_studio, tmp_path, 2)
@@ -425,7 +427,7 @@ def test_a_label_studio_that_is_away_is_asked_again_later(
     assert site.boxes(aided) == Boxes(accepted=1)
 
 
-def test_without_a_token_the_editors_word_counts(
+def test_update_without_a_token_counts_by_the_origin_of_regions(
     label_studio: LabelStudioServer, tmp_path: Path
 ) -> None:
     site = Site(label_studio, tmp_path, 1)
@@ -455,7 +457,7 @@ def site_and_server(
     running.stop()
 
 
-def test_the_worker_counts_and_the_doors_show_it(
+def test_worker_counts_audits_and_status_versions_and_metrics_show_them(
     site_and_server: tuple[Site, RunningBackend],
 ) -> None:
     site, running = site_and_server
