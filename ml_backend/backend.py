@@ -194,6 +194,7 @@ class Backend:
             self.database,
             self.jobs,
             self.requests,
+            self.ingest,
             self.label_studios,
             self.connection_title,
             self.audits,

@@ -12,7 +12,8 @@ import pytest
 from sqlalchemy import select
 
 from ml_backend.acquisition.control_group import is_control
-from ml_backend.audits.audits import AWAY, Boxes
+from ml_backend.audits.audits import AWAY
+from ml_backend.audits.compare import Boxes
 from ml_backend.backend import Backend
 from ml_backend.demo.label_studio_server import LabelStudioServer, free_port
 from ml_backend.demo.project import LABEL_CONFIG, create_project
@@ -24,6 +25,8 @@ from ml_backend.settings import load_settings
 from ml_backend.store.tables import Annotation, Audit, Project
 from ml_backend.training.dataset import build_dataset
 from ml_backend.training.promotion import Verdict
+from ml_backend.wording import words
+from ml_backend.wording.audits import summary_lines
 from tests.conftest import RunningBackend, ask, wait_for
 
 PAIRS = """<View>
@@ -172,7 +175,7 @@ class Site:
         return audit.version
 
 
-def test_boxes_are_counted_by_what_became_of_them(
+def test_update_annotation_of_a_prediction_counts_boxes_by_what_became_of_them(
     label_studio: LabelStudioServer, tmp_path: Path
 ) -> None:
     site = Site(label_studio, tmp_path, 4)
@@ -239,11 +242,11 @@ def test_boxes_are_counted_by_what_became_of_them(
 
     # Deleted, it counts no longer.
     site.call("DELETE", f"/api/annotations/{annotation}/")
-    site.read_back()
+    site.count()
     assert site.backend.audits.summary(site.row) is None
 
 
-def test_a_prediction_that_is_gone_before_it_is_counted(
+def test_update_prediction_already_deleted_counts_by_the_origin_of_regions(
     label_studio: LabelStudioServer, tmp_path: Path
 ) -> None:
     site = Site(label_studio, tmp_path, 1)
@@ -262,7 +265,9 @@ def test_a_prediction_that_is_gone_before_it_is_counted(
     assert site.version(annotation) is None
 
 
-def test_predictions_accepted_in_bulk(label_studio: LabelStudioServer, tmp_path: Path) -> None:
+def test_update_predictions_accepted_in_bulk_count_without_a_time(
+    label_studio: LabelStudioServer, tmp_path: Path
+) -> None:
     site = Site(label_studio, tmp_path, 3)
     site.make_version("v1")
     for number, task in enumerate(site.tasks):
@@ -279,7 +284,7 @@ def test_predictions_accepted_in_bulk(label_studio: LabelStudioServer, tmp_path:
     assert summary.ours.boxes == Boxes(accepted=3)
     # Nobody's time was taken, so none is said to be saved.
     assert summary.ours.hours_saved is None
-    assert len(summary.in_words()) == 1
+    assert len(summary_lines(summary)) == 1
     # Nobody has seen that the first one is empty: it is not learned. What people say is empty, is.
     assert site.learned() == site.tasks[1:]
     empty = site.predict(site.tasks[0], [])
@@ -288,7 +293,7 @@ def test_predictions_accepted_in_bulk(label_studio: LabelStudioServer, tmp_path:
     assert site.learned() == site.tasks
 
 
-def test_the_time_before_the_first_version_counts_though_tasks_were_chosen_by_then(
+def test_summary_chosen_tasks_before_the_first_version_are_a_baseline(
     label_studio: LabelStudioServer, tmp_path: Path
 ) -> None:
     site = Site(label_studio, tmp_path, 6)
@@ -306,10 +311,10 @@ def test_the_time_before_the_first_version_counts_though_tasks_were_chosen_by_th
     assert summary.early is not None
     assert (summary.early.annotations, summary.early.mean) == (5, 34.6)
     assert summary.ours.hours_saved == pytest.approx(30.0 / 3600)
-    assert "5 of them from before the first version" in summary.against
+    assert "5 of them from before the first version" in words(summary.against)
 
 
-def test_a_rectangle_and_its_label_are_one_box(
+def test_update_rectangle_and_its_label_count_as_one_box(
     label_studio: LabelStudioServer, tmp_path: Path
 ) -> None:
     site = Site(label_studio, tmp_path, 1, label_config=PAIRS)
@@ -324,7 +329,7 @@ def test_a_rectangle_and_its_label_are_one_box(
     assert site.boxes(annotation) == Boxes(1, 1, 1, 1, 1)
 
 
-def test_blind_tasks_stay_what_they_are() -> None:
+def test_is_control_larger_share_keeps_the_tasks_of_a_smaller_one() -> None:
     tenth = {task for task in range(10_000) if is_control(task, 0.1)}
     assert 900 < len(tenth) < 1100
     assert tenth < {task for task in range(10_000) if is_control(task, 0.2)}
@@ -332,7 +337,7 @@ def test_blind_tasks_stay_what_they_are() -> None:
     assert all(is_control(task, 1.0) for task in range(1000))
 
 
-def test_hours_saved_are_measured_against_work_without_boxes(
+def test_summary_enough_annotations_without_boxes_measures_hours_against_them(
     label_studio: LabelStudioServer, tmp_path: Path
 ) -> None:
     site = Site(label_studio, tmp_path, 40, ML_BACKEND_BLIND_SHARE="0.5")
@@ -354,7 +359,7 @@ def test_hours_saved_are_measured_against_work_without_boxes(
     assert summary is not None
     # Against the stated costs: 3.3 + 3 · 7.0 - 8.6.
     assert summary.ours.hours_saved == pytest.approx(15.7 / 3600)
-    assert "stated costs (3.3 s an image and 7 s a box)" in summary.against
+    assert "stated costs (3.3 s an image and 7 s a box)" in words(summary.against)
     assert (summary.blind, summary.early and summary.early.mean) == (None, 34.6)
 
     # Four blind ones and the early one are enough together.
@@ -366,7 +371,7 @@ def test_hours_saved_are_measured_against_work_without_boxes(
     summary = site.backend.audits.summary(site.row)
     assert summary is not None
     assert summary.ours.hours_saved == pytest.approx((2 * 24.3 - 8.6) / 3600)
-    assert "before the first version" in summary.against
+    assert "before the first version" in words(summary.against)
     assert summary.ours.boxes == Boxes(accepted=3)
 
     # Five blind ones are a fair sample by themselves. Somebody left a page open for hours, and in
@@ -382,7 +387,7 @@ def test_hours_saved_are_measured_against_work_without_boxes(
     site.count()
     summary = site.backend.audits.summary(site.row)
     assert summary is not None
-    assert "5 annotations of tasks that are kept without boxes (34.6 s" in summary.against
+    assert "5 annotations of tasks that are kept without boxes (34.6 s" in words(summary.against)
     assert summary.blind is not None
     assert summary.blind.per_box == pytest.approx(17.3)
     assert summary.ours.annotations == 4
@@ -394,10 +399,12 @@ def test_hours_saved_are_measured_against_work_without_boxes(
     assert summary.ours.hours_saved == pytest.approx(saved / 3600)
     assert summary.ours.boxes == Boxes(accepted=9, added=2)
     assert site.boxes(first) == Boxes(accepted=3)
-    assert summary.in_words()[1].startswith("saved 0.8 minutes (33.4 s an annotation with boxes)")
+    assert summary_lines(summary)[1].startswith(
+        "saved 0.8 minutes (33.4 s an annotation with boxes)"
+    )
 
 
-def test_a_label_studio_that_is_away_is_asked_again_later(
+def test_update_label_studio_away_answers_when_to_ask_again_and_logs_once(
     label_studio: LabelStudioServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     site = Site(label_studio, tmp_path, 2)
@@ -420,7 +427,7 @@ def test_a_label_studio_that_is_away_is_asked_again_later(
     assert site.boxes(aided) == Boxes(accepted=1)
 
 
-def test_without_a_token_the_editors_word_counts(
+def test_update_without_a_token_counts_by_the_origin_of_regions(
     label_studio: LabelStudioServer, tmp_path: Path
 ) -> None:
     site = Site(label_studio, tmp_path, 1)
@@ -450,7 +457,7 @@ def site_and_server(
     running.stop()
 
 
-def test_the_worker_counts_and_the_doors_show_it(
+def test_worker_counts_audits_and_status_versions_and_metrics_show_them(
     site_and_server: tuple[Site, RunningBackend],
 ) -> None:
     site, running = site_and_server

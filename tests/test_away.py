@@ -24,7 +24,8 @@ from ml_backend.demo.project import LABEL_CONFIG, annotate, create_project
 from ml_backend.demo.shapes import SHAPES, ShapeImage, generate
 from ml_backend.detection.detector import Detector
 from ml_backend.detection.presets import preset_named
-from ml_backend.doctor.doctor import Doctor, Finding
+from ml_backend.doctor.doctor import Doctor
+from ml_backend.doctor.finding import Finding
 from ml_backend.http.app import create_app
 from ml_backend.label_studio import client as client_module
 from ml_backend.label_studio import transport as transport_module

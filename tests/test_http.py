@@ -307,6 +307,32 @@ def test_train_takes_a_key_or_an_id(served: Served, name: str | int) -> None:
     assert served.post("/train", {"project": name}).status_code == 201
 
 
+@pytest.mark.parametrize("path", ["/setup", "/predict"])
+def test_project_named_by_its_id_alone_is_the_known_one_and_makes_no_second(
+    served: Served, path: str
+) -> None:
+    served.post("/webhook", capture("POST_webhook_ANNOTATIONS_CREATED"))
+    body = {"project": "1", "schema": CONFIG, "label_config": CONFIG, "tasks": [_task(1)]}
+    assert served.post(path, body).status_code == 200
+    assert served.post("/train", {"project": "1"}).status_code == 201
+    assert served.project().label_config == CONFIG
+    with served.backend.database.reading() as session:
+        assert session.scalars(select(Project.key)).all() == [KEY]
+
+
+@pytest.mark.parametrize("path", ["/setup", "/predict"])
+def test_project_named_by_the_id_of_several_label_studios_is_refused_with_their_keys(
+    served: Served, path: str
+) -> None:
+    other = "1.1577836800"
+    for key in (KEY, other):
+        served.version(key=key)
+    body = {"project": "1", "schema": CONFIG, "label_config": CONFIG, "tasks": [_task(1)]}
+    answer = served.post(path, body)
+    assert answer.status_code == 400
+    assert f"{KEY}, {other}" in _error(answer)
+
+
 def test_validate_names_the_labels(served: Served) -> None:
     for field in ("label_config", "config"):
         answer = served.post("/validate", {field: CONFIG})

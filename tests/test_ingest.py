@@ -28,13 +28,9 @@ from ml_backend.label_studio.events import (
     read_project,
     read_task,
 )
-from ml_backend.projects.ingest import (
-    Applied,
-    Ingest,
-    annotated_tasks,
-    changes_since,
-    live_annotations,
-)
+from ml_backend.projects.counts import annotated_tasks, changes_since, live_annotations
+from ml_backend.projects.find import ProjectNotFound, find_project
+from ml_backend.projects.ingest import Applied, Ingest
 from ml_backend.store.database import Database
 from ml_backend.store.tables import Annotation, Project, Task, now
 from tests.conftest import CAPTURES, capture
@@ -413,6 +409,87 @@ def test_projects_of_the_same_id_are_kept_apart_by_their_creation(store: Store) 
     with store.database.reading() as session:
         assert annotated_tasks(session, mine.project_id) == 1
         assert annotated_tasks(session, theirs.project_id) == 0
+
+
+def _started(annotations: int) -> dict[str, Any]:
+    """START_TRAINING of a project that has so many annotations in Label Studio."""
+    body = copy.deepcopy(capture("POST_webhook_START_TRAINING"))
+    body["project"]["total_annotations_number"] = annotations
+    return body
+
+
+def test_apply_reported_annotations_are_missing_here_marks_the_project_until_read_back(
+    store: Store,
+) -> None:
+    store.hear(_started(24))
+    asked_at = now()
+    marked = store.project().unread_since
+    assert marked is not None
+    assert marked <= asked_at
+    store.ingest.end_reading(
+        store.project().id, read_project(_started(24)["project"]), asked_at=asked_at
+    )
+    assert store.project().unread_since is None
+
+
+def test_apply_reported_annotations_are_all_known_marks_nothing(store: Store) -> None:
+    body = _created(1)
+    body["project"]["total_annotations_number"] = 1
+    store.hear(body)
+    store.hear(_started(1))
+    assert store.project().unread_since is None
+
+
+def test_apply_first_webhook_of_a_project_annotated_before_marks_it(store: Store) -> None:
+    body = _created(25)
+    body["project"]["total_annotations_number"] = 25
+    store.hear(body)
+    assert store.project().unread_since is not None
+
+
+def test_end_reading_marked_after_it_began_stays_marked(store: Store) -> None:
+    asked_at = now()
+    store.hear(_started(24))
+    store.ingest.end_reading(
+        store.project().id, read_project(_started(24)["project"]), asked_at=asked_at
+    )
+    assert store.project().unread_since is not None
+
+
+def test_introduce_id_alone_means_the_one_known_project(store: Store) -> None:
+    store.hear(_created(1))
+    row = store.ingest.introduce("1", 1, label_config="<View/>")
+    assert row.key == KEY
+    assert store.project().label_config == "<View/>"
+    assert find_project(store.database, "1").id == row.id
+
+
+def test_introduce_full_key_after_id_alone_completes_the_same_row(store: Store) -> None:
+    first = store.ingest.introduce("1", 1, label_config="<View/>")
+    assert first.key == "1"
+    assert store.ingest.introduce("1", 1, label_config="<View/>").id == first.id
+    assert store.hear(_created(1)).project_id == first.id
+    assert store.project().key == KEY
+    assert find_project(store.database, "1").id == find_project(store.database, KEY).id == first.id
+
+
+def test_introduce_id_alone_of_several_label_studios_is_refused_with_their_keys(
+    store: Store,
+) -> None:
+    other = "1.1577836800"
+    for key in (KEY, other):
+        store.ingest.introduce(key, 1, label_config="<View/>")
+    with pytest.raises(ProjectNotFound, match=f"{KEY}, {other}"):
+        store.ingest.introduce("1", 1, label_config="<View/>")
+
+
+def test_introduce_id_and_full_key_at_once_makes_one_row(store: Store) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        rows = pool.map(
+            lambda key: store.ingest.introduce(key, 1, label_config="<View/>").id, ["1", KEY] * 16
+        )
+    assert set(rows) == {store.project().id}
+    assert store.project().key == KEY
 
 
 def test_an_introduction_refreshes_address_and_token_and_keeps_the_rest(store: Store) -> None:

@@ -29,7 +29,7 @@ from ml_backend.label_studio.client import (
     Unreachable,
 )
 from ml_backend.label_studio.events import Ignored, parse_event
-from ml_backend.projects.ingest import annotated_tasks, live_annotations
+from ml_backend.projects.counts import annotated_tasks, live_annotations
 from ml_backend.projects.reconcile import Reconciled, reconcile
 from ml_backend.settings import load_settings
 from ml_backend.store.tables import Annotation, Project, Task, now
@@ -380,6 +380,73 @@ def test_connect_errors_name_the_fault(
     assert "Account & Settings" in unstarted.failing("connect", "--project", str(project))
     del unstarted.settings["LABEL_STUDIO_API_KEY"]
     assert "LABEL_STUDIO_API_KEY" in unstarted.failing("connect", "--project", str(project))
+
+
+def test_connect_project_annotated_before_reads_back_and_a_training_starts(
+    label_studio: LabelStudioServer, unstarted: RunningBackend
+) -> None:
+    project, images = _project(label_studio, 12)
+    annotate(label_studio, images)
+    unstarted.settings |= {"ML_BACKEND_TRAIN_DELAY": "0", "ML_BACKEND_TRAIN_BUDGET": "5"}
+    unstarted.start()
+    try:
+        done = unstarted.json("connect", "--project", str(project), "--url", unstarted.url)
+        assert done["annotated_tasks"] == 12
+        assert "read back from Label Studio: 12 annotated tasks" in done["steps"]
+        assert {"code": "connect.read_back", "values": {"annotated": 12}} in done["step_reasons"]
+        assert done["training"]["state"] in ("waiting", "queued", "running"), done
+
+        def begun() -> bool:
+            jobs = unstarted.json("status")[0]["jobs"]
+            return any(j["kind"] == "train" and j["state"] in ("running", "done") for j in jobs)
+
+        wait_for(begun, within=60, what="the training starts")
+    finally:
+        unstarted.stop()
+
+
+def test_train_command_annotations_that_no_webhook_told_of_are_read_back_first(
+    label_studio: LabelStudioServer, unstarted: RunningBackend
+) -> None:
+    project, images = _project(label_studio, 3)
+    unstarted.start()
+    try:
+        unstarted.command("connect", "--project", str(project), "--url", unstarted.url)
+    finally:
+        unstarted.stop()
+    assert "there are none" in unstarted.command("train", "--project", str(project), status=1)
+    annotate(label_studio, images)
+    asked = unstarted.json("train", "--project", str(project))
+    assert asked["state"] == "queued", asked
+    assert "3 annotated tasks" in asked["reason"]
+
+
+def test_webhook_of_an_import_with_annotations_marks_the_project_as_unread(
+    label_studio: LabelStudioServer, unstarted: RunningBackend
+) -> None:
+    project, images = _project(label_studio, 1)
+    unstarted.start()
+    backend = Backend(load_settings(unstarted.settings))
+    try:
+        unstarted.command("connect", "--project", str(project), "--url", unstarted.url)
+        (image,) = images.values()
+        task = {
+            "data": {"image": "https://example.com/image.png"},
+            "annotations": [{"result": regions(image)}],
+        }
+        asked_at = now()
+        ask(label_studio, "POST", f"/api/projects/{project}/import", [task, task])
+
+        def noticed() -> bool:
+            with backend.database.reading() as session:
+                row = session.scalars(select(Project)).one()
+                # Marked, or read back already.
+                return row.unread_since is not None or row.reconciled_at > asked_at  # type: ignore[operator]
+
+        wait_for(noticed, within=30, what="the import is noticed")
+    finally:
+        unstarted.stop()
+        backend.database.close()
 
 
 def test_doctor_errors_name_the_remedy(

@@ -17,7 +17,7 @@ from ml_backend.backend import Backend
 from ml_backend.demo.shapes import ShapeImage, generate
 from ml_backend.detection.detector import Detector
 from ml_backend.detection.presets import preset_named
-from ml_backend.projects.ingest import annotated_tasks
+from ml_backend.projects.counts import annotated_tasks
 from ml_backend.settings import load_settings
 from ml_backend.store.tables import Job, Project
 from tests.conftest import MakeBackend, capture, make_live, wait_for

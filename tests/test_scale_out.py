@@ -1,8 +1,7 @@
 """Several workers on several hosts, which share PostgreSQL and an artefact store.
 
-The hosts are pretended: `ML_BACKEND_HOST_NAME` names them, and each has a `MODEL_DIR` of its own. On a
-machine without a GPU a host has one
-device, its CPU, so that the second worker of a host stands by.
+The hosts are pretended: `ML_BACKEND_HOST_NAME` names them, and each has a `MODEL_DIR` of its own.
+On a machine without a GPU a host has one device, its CPU: the second worker of a host stands by.
 """
 
 from __future__ import annotations

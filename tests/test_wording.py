@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
+import ml_backend
 from ml_backend.reasons import Code, Reason, reason
 from ml_backend.store.states import JobKind
 from ml_backend.wording import WORDS, told, words
+
+ROOMS = ("audits", "connect", "label_value")
+"""Rooms whose reasons are data."""
 
 
 def test_words_every_code_has_some() -> None:
@@ -64,3 +71,22 @@ def test_told_reason_has_words_code_and_values() -> None:
         "reason_code": "jobs.version_is_live",
         "reason_values": {"version": "v2"},
     }
+
+
+def test_words_every_code_in_the_program_has_words_and_no_words_are_left_over() -> None:
+    root = Path(ml_backend.__file__).parent
+    code = re.compile(rf'"((?:{"|".join(ROOMS)})\.[a-z_]+)"')
+    used = {
+        found
+        for file in root.rglob("*.py")
+        if "wording" not in file.parts
+        for found in code.findall(file.read_text())
+    }
+    # Codes that are put together from a room and one of several names.
+    connect = (root / "projects/connect.py").read_text()
+    used |= {f"connect.{name}" for name in re.findall(r'done\.add\(\s*"([a-z_]+)"', connect)}
+    used |= {f"connect.{name}" for name in ("connected", "was_connected")}
+    used |= {
+        f"label_value.{name}" for name in ("stop", "correcting", "unsettled", "go_on", "noise")
+    }
+    assert used == {code for code in WORDS if code.partition(".")[0] in ROOMS}

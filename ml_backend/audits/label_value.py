@@ -1,8 +1,8 @@
-"""What the next labels are worth, and when to stop, in words.
+"""Estimates the value of further labels, and when to stop labelling.
 
-Three signs: the slope of the learning curve, what people leave untouched of what is predicted, and
-whether successive versions still differ on the same images (stabilising predictions; Bloodgood and
-Vijay-Shanker, 2009).
+Three signs tell: the slope of the learning curve, the share of predicted boxes that people leave
+untouched, and whether successive versions still differ on the same images (stabilising predictions;
+Bloodgood and Vijay-Shanker, 2009).
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from typing import Any
 import numpy as np
 
 from ml_backend.jobs.schedule import changes_needed
+from ml_backend.reasons import Reason
 
 NEEDED = 3
-"""Trainings from which a curve has a slope worth telling."""
+"""Trainings from which a curve has a slope that tells something."""
 RECENT = 6
 """Trainings that the curve is drawn through: early ones rise faster than any later one."""
 LITTLE = 0.01
-"""AP50 that is little: a gain that surely stays below it is not worth labelling for."""
+"""AP50 that is little: nobody labels for a gain that surely stays below it."""
 ALIKE = 0.95
 """Agreement from which successive versions count as the same."""
 UNTOUCHED = 0.9
-"""Share of boxes left untouched from which people only nod."""
+"""Share of boxes left untouched from which people correct next to nothing."""
 _Z = 1.645
 """Of a 90 % interval."""
 _NOISE = 0.02
@@ -34,13 +35,13 @@ _NOISE = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """A version, as far as it tells what labels are worth.
+    """A version, as far as it tells of the value of labels.
 
     Attributes:
         images: that it learned from or was measured on.
-        map50: mean AP50, as it was measured, and
-        low: its 90 % interval's lower end, and
-        high: upper end.
+        map50: mean AP50, as it was measured.
+        low: lower end of its 90 % interval.
+        high: upper end of its 90 % interval.
         agreement: how alike it and the one that was live then are, in `[0, 1]`.
     """
 
@@ -52,7 +53,7 @@ class Version:
 
     @classmethod
     def of(cls, card: Mapping[str, Any]) -> Version | None:
-        """From a model card; None where it does not say enough."""
+        """Reads a model card; None where it does not say enough."""
         images, metrics = card.get("data", {}).get("images"), card.get("metrics", {})
         interval = metrics.get("map50_interval")
         if not images or interval is None:
@@ -63,19 +64,19 @@ class Version:
 
 
 @dataclass(frozen=True, slots=True)
-class Worth:
-    """What the next labels are worth.
+class LabelValue:
+    """The value of further labels.
 
     Attributes:
         gain: mean AP50 that `images` more labelled images will add, most likely; None where that
             cannot be told yet.
-        low: its 90 % interval's lower end.
-        high: its upper end.
+        low: lower end of its 90 % interval.
+        high: upper end of its 90 % interval.
         images: how many more.
         untouched: share of predicted boxes that people left as they were.
         agreement: of the newest two versions.
         stop: whether more labels teach little.
-        words: all that, for people.
+        reason: all that, and the advice.
     """
 
     gain: float | None
@@ -85,11 +86,17 @@ class Worth:
     untouched: float | None
     agreement: float | None
     stop: bool
-    words: str
+    reason: Reason
+
+    def as_dict(self) -> dict[str, Any]:
+        """The numbers as JSON holds them, without the reason."""
+        return {name: getattr(self, name) for name in self.__slots__ if name != "reason"}
 
 
-def worth_of(versions: Sequence[Version], *, more: int, untouched: float | None) -> Worth:
-    """Judges what the next labels are worth.
+def value_of_labels(
+    versions: Sequence[Version], *, more: int, untouched: float | None
+) -> LabelValue:
+    """Estimates the value of further labels.
 
     The mean AP50 is taken to rise by the same amount with each doubling of the images, over the
     newest `RECENT` trainings (weighted least squares; each weighs by its interval).
@@ -101,39 +108,28 @@ def worth_of(versions: Sequence[Version], *, more: int, untouched: float | None)
     """
     recent = list(versions)[-RECENT:]
     agreement = recent[-1].agreement if recent else None
-    signs = _signs(untouched, agreement)
+    signs = {"untouched": untouched, "agreement": agreement}
     if len(recent) < NEEDED or len({v.images for v in recent}) < 2:
         missing = max(1, NEEDED - len(recent))
-        words = f"too early to say what the next labels are worth: {missing} more " + (
-            "training tells" if missing == 1 else "trainings tell"
-        )
-        return Worth(None, None, None, more, untouched, agreement, False, words + signs)
+        reason = Reason("label_value.too_early", {"missing": missing, **signs})
+        return LabelValue(None, None, None, more, untouched, agreement, False, reason)
     slope, error = _slope(recent)
     doublings = math.log2((recent[-1].images + more) / recent[-1].images)
     gain = slope * doublings
     low, high = (gain + sign * _Z * error * doublings for sign in (-1, 1))
     settled = agreement is not None and agreement >= ALIKE
     nods = untouched is None or untouched >= UNTOUCHED
-    stop = high < LITTLE and settled and nods
-    if stop:
-        advice = "more labels teach little: it is time to stop, or to look for images that differ"
-    elif high < LITTLE:
-        advice = "more labels raise the score little, but " + (
-            "versions still differ" if not settled else "people still correct much"
-        )
-    elif low > 0:
-        advice = "go on"
+    if high < LITTLE:
+        advice = "stop" if settled and nods else "correcting" if settled else "unsettled"
     else:
-        advice = "go on: whether it still rises cannot be told from the noise"
-    words = (
-        f"the next {more} images are worth {100 * gain:+.1f} points of AP50 "
-        f"({100 * low:+.1f} to {100 * high:+.1f}, 90 %)"
-    )
-    return Worth(gain, low, high, more, untouched, agreement, stop, f"{words}{signs}; {advice}")
+        advice = "go_on" if low > 0 else "noise"
+    values = {"images": more, "gain": gain, "low": low, "high": high, **signs}
+    reason = Reason(f"label_value.{advice}", values)
+    return LabelValue(gain, low, high, more, untouched, agreement, advice == "stop", reason)
 
 
 def more_images(versions: Sequence[Version], *, every: int, growth: float) -> int:
-    """Images that the next training will have seen more, by the policy.
+    """Computes how many images more the next training will have seen, by the policy.
 
     Args:
         versions: oldest first.
@@ -152,12 +148,3 @@ def _slope(versions: Sequence[Version]) -> tuple[float, float]:
     covariance = np.linalg.inv(design.T @ design)
     coefficients = covariance @ design.T @ (y / deviation)
     return float(coefficients[1]), float(math.sqrt(covariance[1, 1]))
-
-
-def _signs(untouched: float | None, agreement: float | None) -> str:
-    said = ""
-    if untouched is not None:
-        said += f"; people leave {untouched:.0%} of the boxes untouched"
-    if agreement is not None:
-        said += f"; the newest two versions agree in {agreement:.0%} of their boxes"
-    return said

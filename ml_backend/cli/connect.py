@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -10,6 +10,11 @@ from rich.markup import escape
 from ml_backend.cli.opening import open_backend
 from ml_backend.cli.options import JsonOption
 from ml_backend.cli.output import fail, out, print_json
+from ml_backend.store.states import Trigger
+
+if TYPE_CHECKING:
+    from ml_backend.backend import Backend
+    from ml_backend.jobs.jobs import Asked
 
 
 def connect(
@@ -27,6 +32,7 @@ def connect(
     from ml_backend.label_studio.client import LabelStudioError
     from ml_backend.label_studio.label_config import LabelConfigError
     from ml_backend.projects.connect import connect as connect_project
+    from ml_backend.wording import told, words
 
     backend = open_backend()
     settings = backend.settings
@@ -40,12 +46,41 @@ def connect(
         done = connect_project(client, project, url, settings, backend.database, backend.ingest)
     except (LabelStudioError, LabelConfigError) as error:
         raise fail(str(error)) from None
+    asked = _consider_training(backend, done.row)
     if as_json:
-        print_json({"project": done.project, "version": done.version, "steps": done.steps})
+        print_json(
+            {
+                "project": done.project,
+                "version": done.version,
+                "annotated_tasks": done.annotated,
+                "steps": [words(step) for step in done.steps],
+                "step_reasons": [step.as_dict() for step in done.steps],
+                "training": {
+                    "job": asked.job,
+                    "state": asked.state,
+                    **told("reason", asked.reason),
+                }
+                if asked is not None
+                else None,
+            }
+        )
         return
     for step in done.steps:
-        out.print(f"[green]✓[/] {escape(step)}")
+        out.print(f"[green]✓[/] {escape(words(step))}")
+    if asked is not None:
+        out.print(f"[green]✓[/] training {asked.state}: {escape(words(asked.reason))}")
     out.print(f"Project {project} is connected. `ml-backend doctor -p {project}` checks it.")
+
+
+def _consider_training(backend: Backend, project_id: int) -> Asked | None:
+    """Asks for the training that is due by the policy; None where nothing has changed."""
+    from ml_backend.store.tables import Project
+
+    with backend.database.reading() as session:
+        project = session.get_one(Project, project_id)
+    if project.revision == project.trained_revision:
+        return None
+    return backend.requests.training(project_id, trigger=Trigger.COMMAND)
 
 
 def doctor(

@@ -18,7 +18,7 @@ from ml_backend.wording import told, words
 if TYPE_CHECKING:
     from ml_backend.backend import Backend
     from ml_backend.reasons import Reason
-    from ml_backend.store.tables import Job
+    from ml_backend.store.tables import Job, Project
 
 _TAKEN_WITHIN = 15.0
 """Seconds in which a worker takes a job, where one runs."""
@@ -32,7 +32,12 @@ def train(
     """Start a training at once."""
     backend = open_backend()
     row = find_project(backend, project)
-    asked = backend.requests.training(row.id, trigger=Trigger.COMMAND, forced=True)
+    asked = backend.requests.training(
+        row.id,
+        trigger=Trigger.COMMAND,
+        forced=True,
+        is_read_back=_read_back(backend, row),
+    )
     job = backend.jobs.get(asked.job)
     if wait and asked.state != JobState.REFUSED:
         job = _wait(backend, asked.job)
@@ -76,6 +81,26 @@ def _show(job: Job, reason: Reason, as_json: bool) -> None:
         out.print(said, soft_wrap=True, highlight=False)
     if job.state in (JobState.REFUSED, JobState.FAILED):
         raise typer.Exit(1)
+
+
+def _read_back(backend: Backend, project: Project) -> bool:
+    """Reads back annotations that no webhook told of; says a failure, and answers False then."""
+    from ml_backend.label_studio.client import LabelStudioError
+    from ml_backend.projects.reconcile import reconcile
+
+    client = backend.label_studios.client(project)
+    if client is None:
+        return False
+    try:
+        reconcile(project, client, backend.database, backend.ingest)
+    except LabelStudioError as error:
+        err.print(
+            f"[yellow]not read back from Label Studio:[/] {escape(str(error))}",
+            soft_wrap=True,
+            highlight=False,
+        )
+        return False
+    return True
 
 
 def _wait(backend: Backend, job_id: int) -> Job:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,8 @@ from ml_backend.cli.output import ap50_words, out, print_json
 from ml_backend.wording import words
 
 if TYPE_CHECKING:
-    from ml_backend.audits.audits import Summary
-    from ml_backend.audits.label_value import Worth
+    from ml_backend.audits.label_value import LabelValue
+    from ml_backend.audits.summary import Summary
     from ml_backend.backend import Backend
     from ml_backend.settings import Settings
     from ml_backend.store.tables import Job, Project
@@ -27,13 +26,16 @@ _NEWEST = 3
 
 def status(as_json: JsonOption = False) -> None:
     """Show projects, live versions, what the next labels are worth, and jobs with their reasons."""
+    from ml_backend.wording import told
+    from ml_backend.wording.audits import summary_lines, with_words
+
     backend = open_backend()
     settings = backend.settings
     projects, jobs = _projects_and_jobs(backend)
     cards = {p.id: {v.name: v.card for v in backend.versions.all(p.id)} for p in projects}
     audits = {p.id: backend.audits.summary(p.id) for p in projects}
-    worth = {
-        p.id: _worth(settings, list(cards[p.id].values()), audits[p.id], p.live_version)
+    values = {
+        p.id: _label_value(settings, list(cards[p.id].values()), audits[p.id], p.live_version)
         for p in projects
     }
     if as_json:
@@ -45,8 +47,8 @@ def status(as_json: JsonOption = False) -> None:
                     "live_version": p.live_version,
                     "heard_at": p.heard_at,
                     "metrics": cards[p.id].get(p.live_version or "", {}).get("metrics"),
-                    "audits": summary.as_dict() if (summary := audits[p.id]) else None,
-                    "worth": dataclasses.asdict(worth[p.id]),
+                    "audits": with_words(summary.as_dict()) if (summary := audits[p.id]) else None,
+                    "worth": values[p.id].as_dict() | told("words", values[p.id].reason),
                     "jobs": [job_as_dict(job) for job in jobs[p.id]],
                 }
                 for p in projects
@@ -62,10 +64,10 @@ def status(as_json: JsonOption = False) -> None:
         out.print(f"[bold]{escape(p.title or 'project')}[/] ({p.key})", highlight=False)
         out.print(f"  live: {escape(p.version)}{quality}", highlight=False)
         if summary := audits[p.id]:
-            for line in summary.in_words():
+            for line in summary_lines(summary):
                 out.print(f"  {escape(line)}", highlight=False, soft_wrap=True)
         if cards[p.id]:
-            out.print(f"  {escape(worth[p.id].words)}", highlight=False, soft_wrap=True)
+            out.print(f"  {escape(words(values[p.id].reason))}", highlight=False, soft_wrap=True)
         for job in jobs[p.id]:
             percent = f" {job.progress:.0%}" if job.state == "running" else ""
             out.print(
@@ -106,15 +108,15 @@ def _projects_and_jobs(backend: Backend) -> tuple[Sequence[Project], dict[int, S
     return projects, jobs
 
 
-def _worth(
+def _label_value(
     settings: Settings, cards: list[dict[str, Any]], audits: Summary | None, live: str | None
-) -> Worth:
-    """What a project's next labels are worth; cards of its versions, newest first."""
-    from ml_backend.audits.label_value import Version, more_images, worth_of
+) -> LabelValue:
+    """Estimates the value of further labels, from the cards of all versions, newest first."""
+    from ml_backend.audits.label_value import Version, more_images, value_of_labels
 
     versions = [v for card in reversed(cards) if (v := Version.of(card)) is not None]
     made_of_live = audits.versions.get(live) if audits is not None and live is not None else None
-    return worth_of(
+    return value_of_labels(
         versions,
         more=more_images(versions, every=settings.train_every, growth=settings.train_growth),
         untouched=made_of_live.boxes.accepted_share if made_of_live is not None else None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -24,7 +24,7 @@ def versions(project: ProjectOption, as_json: JsonOption = False) -> None:
                     "version": v.name,
                     "state": v.state,
                     **told("reason", v.reason),
-                    "card": v.card,
+                    "card": _card(v.card),
                 }
                 for v in rows
             ]
@@ -37,6 +37,13 @@ def versions(project: ProjectOption, as_json: JsonOption = False) -> None:
         cells = (v.name, v.state, str(v.card["data"]["tasks"]), ap50_words(v.card), words(v.reason))
         table.add_row(*map(escape, cells))
     out.print(table)
+
+
+def _card(card: dict[str, Any]) -> dict[str, Any]:
+    """A model card, with words for what its audits are measured against."""
+    from ml_backend.wording.audits import with_words
+
+    return {**card, "audits": with_words(card["audits"])} if "audits" in card else card
 
 
 def promote(

@@ -1,4 +1,7 @@
-"""`GET /metrics`: Prometheus' text format; what the database knows is read when asked."""
+"""`GET /metrics`: counters and gauges in Prometheus' text format.
+
+A scrape reads running totals from the database; it goes through no annotations or audits.
+"""
 
 from __future__ import annotations
 
@@ -14,28 +17,34 @@ from prometheus_client import (
     Metric,
     generate_latest,
 )
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
 from sqlalchemy import func, select
+from sqlalchemy.orm import Session
 
 from ml_backend.audits.audits import Audits
 from ml_backend.http.request import backend
 from ml_backend.projects.connectivity import Connectivity
 from ml_backend.store.database import Database
-from ml_backend.store.tables import Job, ModelVersion, Project, now
+from ml_backend.store.tables import UNTRAINED, Job, ModelVersion, Project, now
 
 blueprint = Blueprint("metrics", __name__)
 
 
 class _FromDatabase:
-    """Jobs, live versions, audits and how Label Studio answers, as the database has them."""
+    """Reads jobs, live versions, audits and Label Studio's answers from the database.
 
-    def __init__(self, database: Database, audits: Audits, contacts: Connectivity) -> None:
+    Processes that work on jobs have counters of their own, which end with them: their counts are
+    those that the jobs keep.
+    """
+
+    def __init__(self, database: Database, audits: Audits, connectivity: Connectivity) -> None:
         self._database = database
-        self._contacts = contacts
+        self._connectivity = connectivity
         self._audits = audits
 
     def collect(self) -> Iterator[Metric]:
+        """Yields every family, read anew."""
         jobs = GaugeMetricFamily("ml_backend_jobs", "Jobs", labels=["kind", "state"])
         quality = GaugeMetricFamily(
             "ml_backend_live_ap50", "Mean AP50 of the live version", labels=["project", "version"]
@@ -61,7 +70,8 @@ class _FromDatabase:
             ):
                 pending.add_metric([key], progress)
             projects = session.execute(select(Project.id, Project.key)).all()
-        yield from (jobs, quality, pending)
+            predicted = list(_counted_by_jobs(session))
+        yield from (jobs, quality, pending, *predicted)
         yield from self._answered()
         yield from self._audited([(number, key) for number, key in projects])
 
@@ -76,7 +86,7 @@ class _FromDatabase:
             "When Label Studio last did what was asked, to half a minute",
             labels=["url"],
         )
-        for contact in self._contacts.all():
+        for contact in self._connectivity.all():
             since = contact.failing_since
             seconds = (now() - since).total_seconds() if since is not None else 0.0
             failing.add_metric([contact.url, contact.failure], seconds)
@@ -97,7 +107,8 @@ class _FromDatabase:
         )
         seconds = GaugeMetricFamily(
             "ml_backend_lead_time_seconds",
-            "Median time of an annotation: with boxes, of blind tasks, or before the first version",
+            "Median time of an annotation, within 0.5 %: with boxes, of blind tasks, or before the "
+            "first version",
             labels=["project", "version", "began"],
         )
         for number, key in projects:
@@ -117,9 +128,54 @@ class _FromDatabase:
         yield from (boxes, hours, seconds)
 
 
+def _counted_by_jobs(session: Session) -> Iterator[Metric]:
+    """Sums what jobs that predict (`autolabel`, `predict`) have counted in their payloads."""
+    imported = CounterMetricFamily(
+        "ml_backend_job_predictions",
+        "Predictions that jobs imported into Label Studio",
+        labels=["project", "kind"],
+    )
+    failed = CounterMetricFamily(
+        "ml_backend_job_image_failures",
+        "Tasks that jobs left without a prediction, because an image could not be had",
+        labels=["project", "kind"],
+    )
+    sums: dict[tuple[str, str], list[int]] = {}
+    chosen: dict[tuple[str, str], list[int]] = {}
+    for key, kind, version, *counts in session.execute(
+        select(
+            Project.key,
+            Job.kind,
+            Job.version,
+            *(
+                aggregate(func.coalesce(Job.payload[name].as_integer(), 0))
+                for name in ("imported", "left_out")
+                for aggregate in (func.sum, func.max)
+            ),
+        )
+        .join(Project, Project.id == Job.project_id)
+        .where(Job.kind.in_(("autolabel", "predict")))
+        .group_by(Project.key, Job.kind, Job.version)
+    ):
+        # Before the first version, each job goes on counting where the one before it ended.
+        goes_on = kind == "autolabel" and version in (None, UNTRAINED)
+        total = sums.setdefault((key, kind), [0, 0])
+        first = chosen.setdefault((key, kind), [0, 0])
+        for place in (0, 1):
+            summed, largest = counts[2 * place : 2 * place + 2]
+            if goes_on:
+                first[place] = max(first[place], largest)
+            else:
+                total[place] += summed
+    for labels in sorted(sums):
+        for family, place in ((imported, 0), (failed, 1)):
+            family.add_metric(labels, sums[labels][place] + chosen[labels][place])
+    yield from (imported, failed)
+
+
 @blueprint.get("/metrics")
 def metrics() -> Response:
-    """Counters of all worker processes, and gauges from the database."""
+    """Answers the counters of all processes of the server, and what the database holds."""
     shown = CollectorRegistry()
     shown.register(
         _FromDatabase(backend().database, backend().audits, backend().label_studios.connectivity)

@@ -18,7 +18,7 @@ from ml_backend.jobs.payloads import (
 )
 from ml_backend.jobs.queue import Queue
 from ml_backend.jobs.schedule import FEWEST, Action, Decision, Situation, decide
-from ml_backend.projects.ingest import annotated_tasks, changes_since
+from ml_backend.projects.counts import annotated_tasks, changes_since
 from ml_backend.reasons import Code, reason
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
@@ -51,7 +51,12 @@ class Requests:
         self._settings = settings
 
     def training(
-        self, project_id: int, *, trigger: Trigger = Trigger.WEBHOOK, forced: bool = False
+        self,
+        project_id: int,
+        *,
+        trigger: Trigger = Trigger.WEBHOOK,
+        forced: bool = False,
+        is_read_back: bool = False,
     ) -> Asked:
         """Decides what a project's training should do now, and makes its job say so.
 
@@ -64,6 +69,7 @@ class Requests:
             trigger: what asks.
             forced: somebody asked for it: it starts at once. Where too few annotations are known
                 and Label Studio can be asked for more, the training reads them back and decides.
+            is_read_back: whether the annotations were read back just now.
         """
         # Counted before the writing begins, so that webhooks can be stored meanwhile.
         with self._database.reading() as session:
@@ -86,7 +92,8 @@ class Requests:
             fruitless = _fruitless_training(session, project) if job is None else None
             if fruitless is not None and not forced:
                 return Asked.of(fruitless)
-            decision = self._decide(project, job, counted, forced)
+            may_be_more = not is_read_back and self._can_read_back(project)
+            decision = self._decide(project, job, counted, forced, may_be_more)
             if job is None:
                 job = Job(project_id=project_id, kind=JobKind.TRAIN, trigger=trigger, checkpoint={})
                 session.add(job)
@@ -204,7 +211,12 @@ class Requests:
             return job if job is not None and job.state == JobState.WAITING else None
 
     def _decide(
-        self, project: Project, job: Job | None, counted: _Counted, forced: bool
+        self,
+        project: Project,
+        job: Job | None,
+        counted: _Counted,
+        forced: bool,
+        may_be_more: bool,
     ) -> Decision:
         situation = Situation(
             annotated=counted.annotated,
@@ -213,7 +225,7 @@ class Requests:
             enough_since=_enough_since(job),
             trained_before=counted.trained_revision > 0,
         )
-        if forced and counted.annotated < FEWEST and self._can_read_back(project):
+        if forced and counted.annotated < FEWEST and may_be_more:
             # Annotated before it was connected, or by an import: the training reads back first.
             return Decision(Action.START, reason(Code.ASKED_FOR, annotated=counted.annotated))
         return decide(

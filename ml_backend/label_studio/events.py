@@ -33,7 +33,12 @@ class ProjectKey:
 
 @dataclass(frozen=True, slots=True)
 class ProjectInfo:
-    """A project, from a webhook or the API. `updated_at` is None in the API's answers."""
+    """A project, as webhooks and the API show it.
+
+    Attributes:
+        updated_at: only webhooks tell.
+        annotations: how many annotations it has, skipped ones left out, where Label Studio says so.
+    """
 
     key: str
     id: int
@@ -41,6 +46,7 @@ class ProjectInfo:
     label_config: str
     model_version: str | None
     updated_at: datetime | None = None
+    annotations: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +209,7 @@ def read_project(content: object) -> ProjectInfo:
         label_config=str(fields.get("label_config") or ""),
         model_version=_optional_text(fields.get("model_version")),
         updated_at=_moment(fields, "updated_at", "project") if "updated_at" in fields else None,
+        annotations=_optional_id(fields.get("total_annotations_number")),
     )
 
 

@@ -1,8 +1,8 @@
-"""Which Label Studio holds a project, and how to talk to it.
+"""Makes clients of the Label Studio that holds a project.
 
-Two ways lead there: the address and token of the settings, and what `/setup` brought along (the
-address that Label Studio believes to have, and its owner's legacy token). The settings win where
-the project is really there; each token goes to the address that it came with, and to no other.
+Address and token come from the settings, or from `/setup` (the address that Label Studio believes
+to have, and the legacy token of the project's owner). The settings win where their Label Studio
+holds the project; each token goes to the address that it came with, and to no other.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Clients:
             this process does not write to the database itself.
 
     Attributes:
-        contacts: how each of them answers.
+        connectivity: how each Label Studio answers.
     """
 
     def __init__(
@@ -55,14 +55,14 @@ class Clients:
         self._sources: dict[tuple[str | None, str | None, str | None], ImageSource] = {}
 
     def default(self) -> LabelStudioClient | None:
-        """Client of the settings' Label Studio; None where address or token is not set."""
+        """Makes the client of the settings' Label Studio; None without address and token."""
         token = self._settings.label_studio_api_key
         if self._settings.label_studio_url is None or token is None:
             return None
         return self._client(self._settings.label_studio_url, token.get_secret_value())
 
     def client(self, project: Project) -> LabelStudioClient | None:
-        """Client for a project's Label Studio; None where no token for it is known."""
+        """Makes the client of a project's Label Studio; None where no token for it is known."""
         if self._is_default(project):
             return self.default()
         if project.url and project.token:
@@ -70,7 +70,7 @@ class Clients:
         return None
 
     def wait(self, project: Project) -> float:
-        """Seconds after which a project's Label Studio, which fails, is worth asking again."""
+        """Computes the seconds until a project's Label Studio, which fails, is asked again."""
         client = self.client(project)
         return self.connectivity.wait(client.url if client else project.url or "")
 
@@ -80,7 +80,7 @@ class Clients:
             return self.wait(session.get_one(Project, project_id))
 
     def images(self, project: Project) -> ImageSource:
-        """Reads the images of a project's tasks."""
+        """Makes the reader of the images of a project's tasks."""
         client = self.client(project)
         url = client.url if client else self._settings.label_studio_url or project.url
         key = (url, client.token if client else None, project.url)

@@ -12,7 +12,10 @@ from urllib3.exceptions import LocationParseError
 from ml_backend.label_studio.addresses import origin_of
 from ml_backend.label_studio.client import LabelStudioClient
 from ml_backend.label_studio.label_config import parse_label_config
+from ml_backend.projects.counts import annotated_tasks
 from ml_backend.projects.ingest import Ingest
+from ml_backend.projects.reconcile import reconcile
+from ml_backend.reasons import Reason
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
 from ml_backend.store.tables import PRETRAINED, UNTRAINED, ModelVersion, Project
@@ -24,15 +27,29 @@ SAMPLING = "Uncertainty sampling"
 
 @dataclass(slots=True)
 class Connected:
-    """What connecting did, in words, in order."""
+    """The outcome of connecting a project.
 
+    Attributes:
+        row: the project's row.
+        project: its key.
+        version: the version that its connection is titled with.
+        annotated: its annotated tasks, once all was read back.
+        steps: what was done, in order.
+    """
+
+    row: int
     project: str
     version: str
-    steps: list[str] = field(default_factory=list)
+    annotated: int = 0
+    steps: list[Reason] = field(default_factory=list)
+
+    def add(self, code: str, **values: Any) -> None:
+        """Adds a step."""
+        self.steps.append(Reason(f"connect.{code}", values))
 
 
 def webhook_headers(settings: Settings) -> dict[str, str]:
-    """What Label Studio's webhooks must carry to be let in here."""
+    """Makes the headers that Label Studio's webhooks must carry to be let in here."""
     headers: dict[str, str] = {}
     if settings.webhook_secret is not None:
         headers[SECRET_HEADER] = settings.webhook_secret.get_secret_value()
@@ -43,10 +60,10 @@ def webhook_headers(settings: Settings) -> dict[str, str]:
 
 
 def connection_fields(settings: Settings, project: int, url: str, title: str) -> dict[str, Any]:
-    """A whole connection, as it is written to Label Studio.
+    """Makes all fields of a connection, as they are written to Label Studio.
 
-    Label Studio tries a connection whenever it is written, with the credentials that came along:
-    those that it has are not used, and cannot be read back.
+    Label Studio tries a connection whenever it is written, with the credentials that are written:
+    it does not use the stored ones, and does not show them.
 
     Args:
         settings: the credentials.
@@ -68,13 +85,13 @@ def connection_fields(settings: Settings, project: int, url: str, title: str) ->
 def own_connections(
     client: LabelStudioClient, project: Project, settings: Settings, database: Database
 ) -> list[dict[str, Any]]:
-    """Those of a project's connections that lead here; those of others are never touched.
+    """Finds the connections of a project that lead here; others are never touched.
 
-    One that was added by hand in Label Studio's page is known by what its address answers: each
-    time connections are listed, Label Studio asks their `/setup` and shows the answer as
-    `model_version`. What answers otherwise is not ours, whatever its title and address: every
-    backend's port is 9090, and Label Studio's localhost may be another machine. Only where nothing
-    was ever answered, title or address must do.
+    A connection that was added by hand in Label Studio's page is recognised by the answer of its
+    address: each time connections are listed, Label Studio asks their `/setup` and shows the
+    answer as `model_version`. A connection with another answer is not ours, whatever its title and
+    address: every backend's port is 9090, and Label Studio's localhost may be another machine.
+    Title or address decide only where nothing was ever answered.
     """
     found = client.ml_backends(project.label_studio_id)
     if project.connection_url is not None:
@@ -94,10 +111,10 @@ def own_connections(
 
 
 def has_credentials(connection: dict[str, Any], settings: Settings) -> bool:
-    """Whether a connection that nobody here made carries the user of our basic authentication.
+    """Tells whether a connection that was added by hand has the user of our basic authentication.
 
-    Without, it gets no password from us: another server may claim to answer as we do, whereas one
-    that leads here could not have been saved without the credentials.
+    A connection without that user gets no password from us: it may lead to another server that
+    answers as we do. One that leads here could not have been saved without the credentials.
     """
     if settings.basic_auth is None:
         return True
@@ -120,7 +137,7 @@ def connect(
     database: Database,
     ingest: Ingest,
 ) -> Connected:
-    """Connects this backend to a project.
+    """Connects this backend to a project, and reads back what was annotated before.
 
     Args:
         client: of the Label Studio that holds it.
@@ -132,7 +149,8 @@ def connect(
         ingest: makes the project known.
 
     Raises:
-        LabelStudioError: Label Studio refuses; the text says why and what to do.
+        LabelStudioError: Label Studio refuses, or could not be read; the text says why and what to
+            do. What was done by then stays: doing it again goes on.
         LabelConfigError: the label config has nothing to detect.
     """
     info = client.project(label_studio_id)
@@ -145,12 +163,19 @@ def connect(
     url = (url or stored.connection_url or settings.own_url).rstrip("/")
     # What was connected under an address that is given up moves along, and is not left behind.
     known = {url, stored.connection_url or url}
-    done = Connected(info.key, project.version)
+    done = Connected(project.id, info.key, project.version)
     _connection(client, label_studio_id, url, known, settings, done)
     _webhook(client, label_studio_id, url, known, settings, done)
     _project(client, label_studio_id, done)
     with database.session() as session:
         session.get_one(Project, project.id).connection_url = url
+    # Now that the webhook is there, nothing is missed in between.
+    with database.reading() as session:
+        project = session.get_one(Project, project.id)
+    reconcile(project, client, database, ingest)
+    with database.reading() as session:
+        done.annotated = annotated_tasks(session, project.id)
+    done.add("read_back", annotated=done.annotated)
     return done
 
 
@@ -166,7 +191,7 @@ def _connection(
     before = _ours(client, project, known)
     for double in before[1:]:
         client.delete_ml_backend(double["id"])
-        done.steps.append(f"removed the double connection {double['id']}")
+        done.add("double_connection", connection=double["id"])
     if not before:
         client.add_ml_backend(**fields)
     else:
@@ -177,11 +202,7 @@ def _connection(
         if told and told != done.version:
             done.version = str(told)
             client.update_ml_backend(connection["id"], **fields | {"title": done.version})
-    done.steps.append(
-        f"connected {url} as {done.version}"
-        if not before
-        else f"the connection was there; its title is {done.version}"
-    )
+    done.add("was_connected" if before else "connected", url=url, version=done.version)
 
 
 def _ours(client: LabelStudioClient, project: int, known: set[str]) -> list[dict[str, Any]]:
@@ -209,17 +230,17 @@ def _webhook(
     ours = [w for w in client.webhooks(project) if w["url"] in addresses]
     if not ours:
         client.create_webhook(**wanted)
-        done.steps.append("created the webhook")
+        done.add("webhook_created")
         return
     first, *others = ours
     for double in others:
         client.delete_webhook(double["id"])
-        done.steps.append(f"removed the double webhook {double['id']}")
+        done.add("double_webhook", webhook=double["id"])
     if any(first.get(name) != value for name, value in wanted.items()):
         client.update_webhook(first["id"], **wanted)
-        done.steps.append("put the webhook right")
+        done.add("webhook_repaired")
     else:
-        done.steps.append("the webhook is right")
+        done.add("webhook_right")
 
 
 def _project(client: LabelStudioClient, project: int, done: Connected) -> None:
@@ -230,4 +251,4 @@ def _project(client: LabelStudioClient, project: int, done: Connected) -> None:
         # Equal to the connection's title: so predictions stay live and are ordered by score.
         model_version=done.version,
     )
-    done.steps.append("turned on uncertainty sampling and pre-annotation")
+    done.add("project_set")

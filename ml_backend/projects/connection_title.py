@@ -1,4 +1,4 @@
-"""Keeps Label Studio in step with the live version.
+"""Keeps the title of a project's connection equal to the live version.
 
 Label Studio chooses the next task by the score of predictions whose version equals the project's
 `model_version`, and asks us for predictions only while that equals the title of our connection.
@@ -28,7 +28,14 @@ class ConnectionTitle:
         self._label_studios = label_studios
 
     def update(self, project_id: int) -> bool:
-        """Brings one project's connection into step; False where that must be tried again."""
+        """Gives a project's connection the live version as its title.
+
+        Args:
+            project_id: the project's row.
+
+        Returns:
+            False where Label Studio failed and it must be tried again.
+        """
         with self._database.reading() as session:
             project = session.get(Project, project_id)
         if project is None:
@@ -60,9 +67,11 @@ class ConnectionTitle:
                 client.update_ml_backend(backend["id"], **fields)
                 _log.info("project %s: the connection is titled %s now", project.key, version)
         except NotFound as error:
-            # It was deleted, most likely; the next promotion looks again.
-            _log.warning("project %s is not kept in step: %s", project.key, error)
+            # Most likely the connection was deleted; the next promotion looks again.
+            _log.warning("project %s: the connection keeps its title: %s", project.key, error)
         except LabelStudioError as error:
-            _log.warning("project %s is not in step yet: %s", project.key, error)
+            _log.warning(
+                "project %s: the connection keeps its title for now: %s", project.key, error
+            )
             return False
         return True

@@ -1,6 +1,6 @@
-"""Whether each Label Studio does what is asked of it: what `/metrics` and `doctor` tell of it.
+"""Notes how each Label Studio answers, for `/metrics` and `doctor`.
 
-Server, worker and their processes all ask; each notes in the database what it meets with.
+Server, worker and their processes all send requests; each notes the outcomes in the database.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from ml_backend.store.tables import Contact, now
 _log = logging.getLogger(__name__)
 
 _NOTE_EVERY = 30.0
-"""Seconds after which the same is noted again."""
+"""Seconds after which the same outcome is noted again."""
 _SOONEST = timedelta(seconds=30)
 _LATEST = timedelta(minutes=10)
 
 
 class Connectivity:
-    """Notes what becomes of requests to Label Studio.
+    """Notes the outcomes of requests to Label Studio.
 
     Args:
         database: where it is noted.
@@ -44,9 +44,13 @@ class Connectivity:
         self._noted: dict[str, tuple[str, float]] = {}
 
     def note(self, url: str, failure: Passing | None) -> None:
-        """Notes that a Label Studio did what was asked (None), or why it did not.
+        """Notes the outcome of a request.
 
-        A database that is away is no reason for the request to fail.
+        A database that cannot be written does not make the request fail: that is logged.
+
+        Args:
+            url: the Label Studio.
+            failure: why it did not do as asked; None where it did.
         """
         kind = failure.kind if failure is not None else ""
         with self._lock:
@@ -57,14 +61,17 @@ class Connectivity:
         self._note(url, kind, str(failure) if failure is not None else "")
 
     def wait(self, url: str) -> float:
-        """Seconds after which one that fails is worth asking again: as long as it has failed."""
+        """Computes the seconds until a Label Studio that fails is asked again.
+
+        As long as it has failed by now, between half a minute and ten.
+        """
         with self._database.reading() as session:
             since = session.scalar(select(Contact.failing_since).where(Contact.url == url))
         failing = now() - since if since is not None else _SOONEST
         return min(max(failing, _SOONEST), _LATEST).total_seconds()
 
     def all(self) -> list[Contact]:
-        """One for each Label Studio that was ever asked."""
+        """Reads one row for each Label Studio that was ever asked."""
         with self._database.reading() as session:
             return list(session.scalars(select(Contact).order_by(Contact.url)))
 

@@ -1,4 +1,4 @@
-"""What Label Studio tells of, stored: the same event twice, late or out of order does no harm.
+"""Stores what Label Studio tells: the same event twice, late or out of order does no harm.
 
 - An annotation is replaced only by a later state of itself (`updated_at`).
 - A deletion is final: it stays as a tombstone, which no late event revives. Only Label Studio's API
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import false, func, or_, select, update
+from sqlalchemy import false, or_, select, update
 from sqlalchemy.orm import Session
 
 from ml_backend.label_studio.events import (
@@ -25,17 +25,20 @@ from ml_backend.label_studio.events import (
     Event,
     ProjectChanged,
     ProjectInfo,
+    ProjectKey,
     TaskInfo,
     TasksChanged,
     TasksDeleted,
 )
+from ml_backend.projects.counts import live_annotations
+from ml_backend.projects.find import lock_project, matching_project
 from ml_backend.store.database import Database, in_chunks
 from ml_backend.store.tables import Annotation, Project, Task, now
 
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What an event did.
+    """The outcome of an event.
 
     Attributes:
         project_id: row of the project it concerns.
@@ -55,7 +58,7 @@ class Ingest:
     def apply(self, event: Event, project: ProjectInfo) -> Applied:
         """Stores an event whole, in one transaction, before anyone acknowledges it."""
         with self._database.session() as session:
-            row = self._project(session, project.key, project.id)
+            row = lock_project(session, self._database, ProjectKey(project.key, project.id))
             row.title = row.title or project.title
             row.label_config = row.label_config or project.label_config
             row.heard_at = now()
@@ -73,6 +76,7 @@ class Ingest:
                 case TasksDeleted(ids=ids):
                     changed = self._bury_tasks(session, row, ids)
             self._count(row, changed)
+            _notice_missing(session, row, event)
             return Applied(row.id, changed)
 
     def introduce(
@@ -87,9 +91,20 @@ class Ingest:
         """Makes a project known, or refreshes what is known of it (`/setup`, `/predict`).
 
         Writes only where something is new: `/setup` comes with every task that is opened.
+
+        Args:
+            key: `"{id}.{creation as unix seconds}"`, or the id alone.
+            label_studio_id: Label Studio's id.
+            label_config: XML; empty where it is not known.
+            url: where its Label Studio says it is.
+            token: a token for that address.
+
+        Raises:
+            ProjectNotFound: the key is an id alone, and projects of several Label Studios have it.
         """
+        wanted = ProjectKey(key, label_studio_id)
         with self._database.reading() as session:
-            row = session.scalar(select(Project).where(Project.key == key))
+            row = matching_project(session, wanted)
             if row is not None and (
                 row.label_config == label_config
                 and (url is None or row.url == url)
@@ -97,7 +112,7 @@ class Ingest:
             ):
                 return row
         with self._database.session() as session:
-            row = self._project(session, key, label_studio_id)
+            row = lock_project(session, self._database, wanted)
             if label_config and row.label_config != label_config:
                 row.label_config = label_config
                 row.described_at = now()
@@ -169,15 +184,9 @@ class Ingest:
         with self._database.session() as session:
             row = session.get_one(Project, project_id, with_for_update=True)
             row.reconciled_at = asked_at
+            if row.unread_since is not None and row.unread_since <= asked_at:
+                row.unread_since = None
             _describe(row, project, at=asked_at)
-
-    def _project(self, session: Session, key: str, label_studio_id: int) -> Project:
-        session.execute(
-            self._database.insert(Project)
-            .values(key=key, label_studio_id=label_studio_id)
-            .on_conflict_do_nothing(index_elements=["key"])
-        )
-        return session.scalars(select(Project).where(Project.key == key).with_for_update()).one()
 
     def _tasks(self, session: Session, project: Project, tasks: Iterable[TaskInfo]) -> None:
         rows = [
@@ -341,6 +350,21 @@ def _describe(row: Project, project: ProjectInfo, *, at: datetime) -> None:
     row.described_at = at
 
 
+def _notice_missing(session: Session, row: Project, event: Event) -> None:
+    """Notes that annotations are to be read back, where Label Studio reports another number.
+
+    An import with annotations sends `TASKS_CREATED` alone, and a project may have been annotated
+    before it was connected. Events of single annotations are compared only before the first reading
+    back: counting takes milliseconds, and others are on their way meanwhile.
+    """
+    told = event.project.annotations
+    single = isinstance(event, AnnotationsChanged | AnnotationsDeleted)
+    if told is None or (single and row.reconciled_at is not None):
+        return
+    if told != live_annotations(session, row.id):
+        row.unread_since = now()
+
+
 def _revive(
     session: Session,
     project: Project,
@@ -359,68 +383,3 @@ def _revive(
             )
             .values(deleted_at=None, updated_at=None)
         )
-
-
-def annotated_tasks(session: Session, project_id: int) -> int:
-    """How many tasks of a project have an annotation to learn from."""
-    deleted = select(Task.label_studio_id).where(
-        Task.project_id == project_id, Task.deleted_at.is_not(None)
-    )
-    return (
-        session.scalar(
-            select(func.count(Annotation.task_id.distinct())).where(
-                Annotation.project_id == project_id,
-                Annotation.deleted_at.is_(None),
-                Annotation.was_cancelled.is_(False),
-                Annotation.task_id.not_in(deleted),
-            )
-        )
-        or 0
-    )
-
-
-def live_annotations(session: Session, project_id: int) -> int:
-    """How many annotations a project has, skipped and deleted ones left out."""
-    return (
-        session.scalar(
-            select(func.count())
-            .select_from(Annotation)
-            .where(
-                Annotation.project_id == project_id,
-                Annotation.deleted_at.is_(None),
-                Annotation.was_cancelled.is_(False),
-            )
-        )
-        or 0
-    )
-
-
-def annotated_ids(session: Session, project_id: int) -> set[int]:
-    """Label Studio's ids of the tasks that `live_annotations` counts annotations of."""
-    found = session.scalars(
-        select(Annotation.task_id)
-        .where(
-            Annotation.project_id == project_id,
-            Annotation.deleted_at.is_(None),
-            Annotation.was_cancelled.is_(False),
-        )
-        .distinct()
-    )
-    return {number for number in found if number is not None}
-
-
-def changes_since(session: Session, project_id: int, revision: int) -> int:
-    """How many annotations were created, changed or deleted after a revision."""
-    return (
-        session.scalar(
-            select(func.count())
-            .select_from(Annotation)
-            .where(
-                Annotation.project_id == project_id,
-                Annotation.revision > revision,
-                Annotation.was_cancelled.is_(False),
-                Annotation.task_id.is_not(None),
-            )
-        )
-        or 0
-    )

@@ -1,4 +1,4 @@
-"""Reading back what the webhooks may have missed: they are sent once, and never again."""
+"""Reads back from Label Studio what no webhook told: each is sent once, and never again."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
+from sqlalchemy import select
+
 from ml_backend.label_studio.client import LabelStudioClient
 from ml_backend.label_studio.events import read_annotation, read_task, readable
-from ml_backend.projects.ingest import Ingest, annotated_ids, live_annotations
+from ml_backend.projects.counts import annotated_ids, live_annotations
+from ml_backend.projects.ingest import Ingest
 from ml_backend.store.database import Database, in_chunks
 from ml_backend.store.tables import Project, now
 
@@ -24,7 +27,7 @@ _AT_ONCE = 100
 
 @dataclass(frozen=True, slots=True)
 class Reconciled:
-    """What reading back found.
+    """The outcome of reading back.
 
     Attributes:
         tasks: tasks read.
@@ -40,14 +43,14 @@ class Reconciled:
 def reconcile(
     project: Project, client: LabelStudioClient, database: Database, ingest: Ingest
 ) -> Reconciled:
-    """Brings the store to what Label Studio holds of a project.
+    """Brings the store up to what Label Studio holds of a project.
 
     Only tasks that changed since the last time are read, a page at a time; ids of the others only
     where the number of annotations says that some are missing, or gone. What cannot be read is
     logged and passed over.
 
     Raises:
-        LabelStudioError: it could not be read; what was read by then is kept.
+        LabelStudioError: Label Studio could not be read; what was read by then is kept.
     """
     asked_at = now()
     number = project.label_studio_id
@@ -81,6 +84,20 @@ def reconcile(
             removed,
         )
     return Reconciled(tasks, changed, removed)
+
+
+def may_lack_annotations(project: Project) -> bool:
+    """Tells whether Label Studio may hold annotations that are not stored here.
+
+    A training that somebody asked for is refused for lack of annotations only after reading back.
+    """
+    return project.unread_since is not None or project.reconciled_at is None
+
+
+def unread_projects(database: Database) -> list[Project]:
+    """Reads the projects of which Label Studio reported another number of annotations."""
+    with database.reading() as session:
+        return list(session.scalars(select(Project).where(Project.unread_since.is_not(None))))
 
 
 def _read_back(

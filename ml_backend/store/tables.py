@@ -144,6 +144,11 @@ class Project(Base):
     """When a webhook last arrived."""
     reconciled_at: Mapped[datetime | None]
     """Label Studio's time up to which changes were read back over the API."""
+    unread_since: Mapped[datetime | None]
+    """Since when Label Studio is known to hold annotations that are not stored here: it reported
+    another number of them. None once all was read back."""
+    audit_basis: Mapped[str | None] = mapped_column(String(200))
+    """The costs, and the time of the first version, by which its `AuditTotal`s were summed."""
     created_at: Mapped[datetime] = mapped_column(default=now)
 
     @property
@@ -242,6 +247,48 @@ class Audit(Base):
     """Predicted boxes that are gone."""
     added: Mapped[int] = mapped_column(default=0)
     """Boxes drawn by hand."""
+    standing: Mapped[bool] = mapped_column(default=True)
+    """Whether the annotation was neither deleted nor skipped when this was counted."""
+    unaided: Mapped[bool] = mapped_column(default=False)
+    """Whether it began with nothing, or with a prediction without boxes of no version of ours."""
+    lead_time: Mapped[float | None]
+    """The annotation's, and"""
+    annotated_at: Mapped[datetime | None]
+    """its creation, as they were when this was counted."""
+
+
+class AuditTotal(Base):
+    """The sums of a project's audits that began alike, of one version.
+
+    Changed in the transaction that changes the audits: a scrape of `/metrics` reads a few of these
+    instead of every audit.
+    """
+
+    __tablename__ = "audit_totals"
+
+    project_id: Mapped[int] = mapped_column(
+        ForeignKey("projects.id", ondelete="CASCADE"), primary_key=True
+    )
+    began: Mapped[str] = mapped_column(String(8), primary_key=True)
+    """`boxes` (a version's prediction), `blind` (kept without boxes), or `early` (before the first
+    version)."""
+    version: Mapped[str] = mapped_column(String(128), primary_key=True)
+    """The model version; empty where they began with nothing."""
+    annotations: Mapped[int] = mapped_column(default=0)
+    accepted: Mapped[int] = mapped_column(default=0)
+    moved: Mapped[int] = mapped_column(default=0)
+    relabelled: Mapped[int] = mapped_column(default=0)
+    deleted: Mapped[int] = mapped_column(default=0)
+    added: Mapped[int] = mapped_column(default=0)
+    timed: Mapped[int] = mapped_column(default=0)
+    """Annotations whose time is known,"""
+    timed_boxes: Mapped[int] = mapped_column(default=0)
+    """the boxes that these ended up with,"""
+    milliseconds: Mapped[int] = mapped_column(BigInteger, default=0)
+    """and the time that they took, cut off where a page was left open: integers, so that what is
+    subtracted leaves no rounding error."""
+    times: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    """How many of them took each time, in seconds of three significant digits."""
 
 
 class Contact(Base):

@@ -9,10 +9,21 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_backend.reasons import Reason
-from ml_backend.wording import jobs, predictions, training, versions
+from ml_backend.wording import (
+    audits,
+    connect,
+    jobs,
+    label_value,
+    predictions,
+    training,
+    versions,
+)
 
 WORDS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    **audits.WORDS,
+    **connect.WORDS,
     **jobs.WORDS,
+    **label_value.WORDS,
     **predictions.WORDS,
     **training.WORDS,
     **versions.WORDS,

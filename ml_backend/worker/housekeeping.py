@@ -10,15 +10,18 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from sqlalchemy import select
 
 from ml_backend.audits.audits import Audits
 from ml_backend.jobs.jobs import Jobs
 from ml_backend.jobs.requests import Requests
+from ml_backend.label_studio.client import LabelStudioError
 from ml_backend.projects.clients import Clients
 from ml_backend.projects.connection_title import ConnectionTitle
+from ml_backend.projects.ingest import Ingest
+from ml_backend.projects.reconcile import reconcile
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
 from ml_backend.store.states import JobState
@@ -31,6 +34,10 @@ _TITLE_AGAIN = 30.0
 """Seconds until a connection whose title could not be changed is tried again."""
 _AUDIT_EVERY = 5.0
 """Seconds between two audits of a project: people annotate faster than anyone looks at them."""
+_IMPORTED = timedelta(seconds=2)
+"""An import comes in several events: its annotations are read back so long after the last."""
+_READ_AGAIN = 30.0
+"""Seconds until annotations that could not be read back, or are still missing, are read again."""
 _PRUNE_EVERY = 3600.0
 _THREADS = 4
 
@@ -45,6 +52,7 @@ class _Seen:
         live: the version that the connection's title was changed to; empty before the first look.
         title_at: when the title is tried again.
         tasks: the live version and the last sign of life for which predictions were considered.
+        read_at: when annotations may be read back again.
         audited: the revision that was audited.
         audit_at: when the next audit may be.
     """
@@ -54,6 +62,7 @@ class _Seen:
     live: str | None = ""
     title_at: float | None = None
     tasks: tuple[str | None, datetime | None] | None = None
+    read_at: float = 0.0
     audited: int = -1
     audit_at: float = 0.0
 
@@ -66,6 +75,7 @@ class Housekeeping:
         database: the projects.
         jobs: recovers jobs.
         requests: asks for jobs.
+        ingest: stores what is read back.
         label_studios: clients by project.
         title: keeps the title of the connection.
         audits: counts what people made of predictions.
@@ -80,6 +90,7 @@ class Housekeeping:
         database: Database,
         jobs: Jobs,
         requests: Requests,
+        ingest: Ingest,
         label_studios: Clients,
         title: ConnectionTitle,
         audits: Audits,
@@ -92,6 +103,7 @@ class Housekeeping:
         self._database = database
         self._jobs = jobs
         self._requests = requests
+        self._ingest = ingest
         self._label_studios = label_studios
         self._title = title
         self._audits = audits
@@ -128,10 +140,20 @@ class Housekeeping:
             projects = session.scalars(select(Project)).all()
         for project in projects:
             seen = self._seen.setdefault(project.id, _Seen())
+            self._consider_reading_back(project, seen)
             self._consider_training(project, seen)
             self._consider_title(project, seen)
             self._consider_predictions(project, seen)
             self._consider_audit(project, seen)
+
+    def _consider_reading_back(self, project: Project, seen: _Seen) -> None:
+        """Reads back where Label Studio told of annotations that no webhook brought: of an import,
+        or from before the project was connected."""
+        since = project.unread_since
+        if since is None or now() < since + _IMPORTED or seen.read_at > time.monotonic():
+            return
+        seen.read_at = time.monotonic() + _READ_AGAIN
+        self._submit(self._read_back, project)
 
     def _consider_training(self, project: Project, seen: _Seen) -> None:
         changed = seen.revision != project.revision
@@ -176,6 +198,15 @@ class Housekeeping:
         # Without a token nothing can be imported; the command says so.
         if self._label_studios.client(project) is not None:
             self._requests.autolabel(project.id)
+
+    def _read_back(self, project: Project) -> None:
+        client = self._label_studios.client(project)
+        if client is None:
+            return
+        try:
+            reconcile(project, client, self._database, self._ingest)
+        except LabelStudioError as error:
+            _log.warning("project %s is read back later: %s", project.key, error)
 
     def _audit(self, project_id: int) -> None:
         wait = self._audits.update(project_id)

@@ -1,0 +1,196 @@
+"""Checks of a project: label config, connection, webhook, image."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ml_backend.detection.decoding import UndecodableImage
+from ml_backend.detection.device import DeviceError, resolve_device
+from ml_backend.detection.presets import coco_labels, preset_named
+from ml_backend.doctor.finding import Examined, Finding
+from ml_backend.label_studio.client import GUARD, Forbidden, LabelStudioClient, LabelStudioError
+from ml_backend.label_studio.controls.base import Control
+from ml_backend.label_studio.events import ProjectInfo
+from ml_backend.label_studio.images import ImageUnavailable
+from ml_backend.label_studio.label_config import (
+    LabelConfig,
+    LabelConfigError,
+    match_labels,
+    parse_label_config,
+)
+from ml_backend.label_studio.media import media_of, read_image
+from ml_backend.projects.connect import (
+    connection_fields,
+    has_credentials,
+    own_connections,
+    webhook_headers,
+)
+from ml_backend.store.tables import Project, now
+
+_HEARD_WITHIN = 5.0
+"""Seconds in which a webhook that was asked for arrives."""
+
+
+def project(backend: Examined, client: LabelStudioClient, number: int) -> Iterator[Finding]:
+    """Looks at a project: label config, connection, webhook, and whether an image can be read."""
+    try:
+        info = client.project(number)
+    except LabelStudioError as error:
+        yield Finding("project", "error", str(error), "check the number, and whose token it is")
+        return
+    yield Finding("project", "ok", f"{number} is {info.title!r}")
+    try:
+        config = parse_label_config(info.label_config)
+    except LabelConfigError as error:
+        yield Finding("label config", "error", str(error), "change it in Label Studio")
+        return
+    yield Finding("label config", "ok", "labels: " + ", ".join(config.labels))
+    with backend.database.reading() as session:
+        project = session.query(Project).filter_by(key=info.key).one_or_none()
+    if project is None or project.live_version is None:
+        yield from _known_labels(backend, config)
+    again = f"ml-backend connect --project {number}"
+    ours = (
+        own_connections(client, project, backend.settings, backend.database)
+        if project is not None
+        else []
+    )
+    url = project.connection_url if project is not None else None
+    if url is None and ours:
+        # Added by hand in Label Studio's page; `connect` repairs it where it is.
+        url = ours[0]["url"].rstrip("/")
+        again += f" --url {url}"
+    if project is None or url is None:
+        yield Finding("connection", "error", "the project is not connected", again)
+        return
+    yield _connection(backend, client, info, project, ours, url, again)
+    yield from _webhook(backend, client, info, project, url, again)
+    yield _image(backend, client, project, config.controls[0])
+
+
+def _known_labels(backend: Examined, config: LabelConfig) -> Iterator[Finding]:
+    """Tells which labels COCO's weights know: these serve until the first training."""
+    try:
+        device = resolve_device(backend.settings.device)
+        known = coco_labels(preset_named(backend.settings.preset, device))
+    except (DeviceError, ValueError):
+        # Said already, of the device or of the weights.
+        return
+    if known is None or backend.settings.weights == "none":
+        return
+    match = match_labels(config, known)
+    words = match.in_words("COCO's weights")
+    if match.mistaken:
+        yield Finding("known labels", "warning", words, "change predicted_values in the config")
+    else:
+        yield Finding("known labels", "ok", words)
+
+
+def _connection(
+    backend: Examined,
+    client: LabelStudioClient,
+    info: ProjectInfo,
+    project: Project,
+    ours: Sequence[dict[str, Any]],
+    url: str,
+    again: str,
+) -> Finding:
+    if not ours:
+        return Finding("connection", "error", f"{url} is not connected", again)
+    if project.connection_url is None and not has_credentials(ours[0], backend.settings):
+        return Finding(
+            "connection",
+            "error",
+            f"{url} was added by hand, and lacks the credentials (BASIC_AUTH_USER and _PASS)",
+            again,
+        )
+    version = project.version
+    try:
+        # Label Studio checks address, health and setup whenever a connection is written.
+        fields = connection_fields(backend.settings, info.id, ours[0]["url"], ours[0]["title"])
+        client.update_ml_backend(ours[0]["id"], **fields)
+    except LabelStudioError as error:
+        return Finding(
+            "connection",
+            "error",
+            f"Label Studio does not reach {ours[0]['url']}: {error}",
+            "" if isinstance(error, Forbidden) else "check the address given to `connect --url`",
+        )
+    if not (ours[0]["title"].startswith(version) and info.model_version == ours[0]["title"]):
+        return Finding(
+            "connection",
+            "warning",
+            f"its title is {ours[0]['title']!r}, the project's model version "
+            f"{info.model_version!r}, ours {version!r}: the next task is chosen at random",
+            again,
+        )
+    return Finding("connection", "ok", f"Label Studio reaches {ours[0]['url']}, titled {version}")
+
+
+def _webhook(
+    backend: Examined,
+    client: LabelStudioClient,
+    info: ProjectInfo,
+    project: Project,
+    url: str,
+    again: str,
+) -> Iterator[Finding]:
+    address = f"{url}/webhook"
+    ours = [w for w in client.webhooks(info.id) if w["url"] == address]
+    if not ours:
+        yield Finding("webhook", "error", f"there is none to {address}", again)
+        return
+    right = webhook_headers(backend.settings)
+    if len(ours) > 1 or not ours[0]["is_active"] or ours[0].get("headers", {}) != right:
+        yield Finding(
+            "webhook",
+            "error",
+            "it is there more than once, off, or lacks the credentials or the secret",
+            again,
+        )
+        return
+    yield Finding("webhook", "ok", f"Label Studio has one to {address}")
+    # Saying the project's title again makes Label Studio send PROJECT_UPDATED.
+    asked_at = now()
+    client.update_project(info.id, title=info.title)
+    until = time.monotonic() + _HEARD_WITHIN
+    while time.monotonic() < until:
+        with backend.database.reading() as session:
+            heard = session.get_one(Project, project.id).heard_at
+        if heard is not None and heard >= asked_at:
+            yield Finding("heard from", "ok", "a webhook arrived just now, on request")
+            return
+        time.sleep(0.2)
+    last = project.heard_at.isoformat(timespec="seconds") if project.heard_at else "never"
+    yield Finding(
+        "heard from",
+        "error",
+        f"a webhook that was asked for did not arrive; last heard from: {last}",
+        GUARD,
+    )
+
+
+def _image(
+    backend: Examined, client: LabelStudioClient, project: Project, control: Control
+) -> Finding:
+    task = client.first_task(project.label_studio_id)
+    if task is None:
+        return Finding("image", "warning", "the project has no task yet", "import images")
+    try:
+        value = media_of(task["data"], control)
+    except ImageUnavailable as error:
+        return Finding(
+            "image",
+            "error",
+            f"task {task['id']}: {error}",
+            'the label config\'s value="$..." must name a field of the tasks',
+        )
+    images = backend.label_studios.images(project)
+    route = images.route_of(value)
+    try:
+        image = read_image(images, task, control, max_pixels=backend.settings.image_max_pixels)
+    except (ImageUnavailable, UndecodableImage) as error:
+        return Finding("image", "error", f"task {task['id']}, {route}: {error}")
+    return Finding("image", "ok", f"task {task['id']}: {image.width} x {image.height}, {route}")
