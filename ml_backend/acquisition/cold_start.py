@@ -23,6 +23,7 @@ from ml_backend.detection.presets import preset_named
 from ml_backend.detection.types import FloatArray
 from ml_backend.label_studio.images import ImageSource, ImageUnavailable
 from ml_backend.label_studio.label_config import LabelConfig
+from ml_backend.remedies import with_remedy
 from ml_backend.settings import Settings
 from ml_backend.store.tables import UNTRAINED
 
@@ -81,7 +82,7 @@ def cold_start(
             try:
                 image = decode_image(content, max_pixels=settings.image_max_pixels)
             except UndecodableImage as error:
-                _log.warning("task %s is not among the first: %s", task["id"], error)
+                _log.warning("task %s is not among the first: %s", task["id"], with_remedy(error))
                 continue
             (found,) = trunk.predict([image])
             if found.embedding is not None:

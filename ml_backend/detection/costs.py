@@ -7,7 +7,7 @@ measured on held-out images, and weighed by what drawing, correcting and deletin
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,6 +84,11 @@ def shown(detections: Detections, thresholds: npt.NDArray[np.floating]) -> Detec
     for i in range(1, len(kept)):
         stays[i] = not (overlap[i, :i] & stays[:i]).any()
     return kept.where(stays)
+
+
+def thresholds_by_index(labels: Sequence[str], thresholds: Mapping[str, float]) -> _Floats:
+    """Puts thresholds in the order of labels: float64 `[C]`, infinite where a label has none."""
+    return np.array([thresholds.get(label, np.inf) for label in labels])
 
 
 def human_seconds(drawn: Detections, sample: Sample, costs: CostModel) -> float:

@@ -15,7 +15,7 @@ from sqlalchemy import select
 from ml_backend.detection.decoding import UndecodableImage, decode_image
 from ml_backend.detection.detector import CorruptDetector, Detector
 from ml_backend.detection.device import DeviceError, describe_device, resolve_device
-from ml_backend.detection.presets import coco_labels, preset_named
+from ml_backend.detection.presets import preset_named
 from ml_backend.label_studio.client import GUARD, Forbidden, LabelStudioClient, LabelStudioError
 from ml_backend.label_studio.events import ProjectInfo
 from ml_backend.label_studio.images import ImageUnavailable
@@ -32,6 +32,7 @@ from ml_backend.projects.connect import (
     own_connections,
     webhook_headers,
 )
+from ml_backend.remedies import with_remedy
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
 from ml_backend.store.registry import Registry, VersionMissing
@@ -158,7 +159,7 @@ class Doctor:
         try:
             device = resolve_device(self._settings.device)
         except DeviceError as error:
-            return Finding("device", "error", str(error), "or set ML_BACKEND_DEVICE=cpu")
+            return Finding("device", "error", with_remedy(error))
         described = ", ".join(str(value) for value in describe_device(device).values())
         return Finding("device", "ok", described)
 
@@ -172,7 +173,7 @@ class Doctor:
                 preset, ("object",), self._settings.weights, device
             ).weights
         except (DeviceError, ValueError, OSError) as error:
-            return Finding("weights", "error", str(error), "see ML_BACKEND_WEIGHTS")
+            return Finding("weights", "error", with_remedy(error), "see ML_BACKEND_WEIGHTS")
         if loaded.kind == "none":
             return Finding(
                 "weights",
@@ -249,7 +250,7 @@ class Doctor:
         """What COCO's weights, which serve until the first training, know of the labels."""
         try:
             device = resolve_device(self._settings.device)
-            known = coco_labels(preset_named(self._settings.preset, device))
+            known = preset_named(self._settings.preset, device).architecture.published_labels
         except (DeviceError, ValueError):
             # Said already, of the device or of the weights.
             return
@@ -368,5 +369,6 @@ class Doctor:
             content = images.fetch(task["id"], value)
             image = decode_image(content, max_pixels=self._settings.image_max_pixels)
         except (ImageUnavailable, UndecodableImage) as error:
-            return Finding("image", "error", f"task {task['id']}, {route}: {error}")
+            words = with_remedy(error)
+            return Finding("image", "error", f"task {task['id']}, {route}: {words}")
         return Finding("image", "ok", f"task {task['id']}: {image.width} x {image.height}, {route}")

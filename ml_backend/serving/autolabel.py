@@ -24,6 +24,7 @@ from ml_backend.label_studio.label_config import (
     parse_label_config,
 )
 from ml_backend.projects.clients import LabelStudios
+from ml_backend.remedies import with_remedy
 from ml_backend.serving.stale_predictions import older_versions
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
@@ -377,7 +378,7 @@ def why_not(
                 raise ImageUnavailable(f"its data has no image under {data_key!r}")
             decode_image(images.fetch(task["id"], value), max_pixels=settings.image_max_pixels)
     except (ImageUnavailable, UndecodableImage) as error:
-        return f"task {task['id']}: {error}"
+        return f"task {task['id']}: {with_remedy(error)}"
     return f"task {task['id']}: the log says why"
 
 

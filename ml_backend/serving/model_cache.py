@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import threading
 import time
 from collections import OrderedDict
@@ -12,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import psutil
 import torch
 from sqlalchemy import select
 
@@ -21,6 +19,7 @@ from ml_backend.detection.batching import BatchingPredictor
 from ml_backend.detection.detector import CorruptDetector, Detector
 from ml_backend.detection.device import own_device, resolve_device, serving_devices
 from ml_backend.detection.presets import preset_named
+from ml_backend.machine import memory, usable_cores
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
 from ml_backend.store.registry import Registry, VersionMissing
@@ -132,7 +131,7 @@ class Models:
         self._device = own_device(devices, self._settings.model_dir)
         if self._device.type == "cpu" and self._settings.workers > 1:
             # Several torch processes that each take every core slow each other many times over.
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self._settings.workers))
+            torch.set_num_threads(max(1, usable_cores() // self._settings.workers))
 
     def version(self, project: Project) -> str:
         """The version that a prediction made now would carry; never loads anything."""
@@ -338,5 +337,5 @@ def _memory_left(device: torch.device) -> float:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return free / total
-    memory = psutil.virtual_memory()
-    return memory.available / memory.total
+    room = memory()
+    return room.available / room.total

@@ -19,6 +19,7 @@ from ml_backend.label_studio.images import ImageSource, ImageUnavailable
 from ml_backend.label_studio.label_config import BoxControl, LabelConfig, match_labels
 from ml_backend.label_studio.regions import write_regions
 from ml_backend.projects.clients import LabelStudios
+from ml_backend.remedies import with_remedy
 from ml_backend.serving.counters import IMAGE_FAILURES, PREDICTED
 from ml_backend.serving.model_cache import LoadedModel, Models
 from ml_backend.settings import Settings
@@ -152,7 +153,7 @@ class Serving:
                 image = decode_image(content, max_pixels=self._settings.image_max_pixels)
             except (ImageUnavailable, UndecodableImage) as error:
                 IMAGE_FAILURES.labels(type(error).__name__).inc()
-                _log.warning("task %s gets no prediction: %s", number, error)
+                _log.warning("task %s gets no prediction: %s", number, with_remedy(error))
                 return None
             except Exception:
                 # As below: a fault that one image brings to light is not the others' fault.

@@ -25,19 +25,20 @@ from ml_backend.detection.costs import (
     cheapest_thresholds,
     human_seconds,
     shown,
+    thresholds_by_index,
 )
 from ml_backend.detection.decoding import decode_image
 from ml_backend.detection.detector import Detector
 from ml_backend.detection.evaluation import evaluate
+from ml_backend.detection.prediction import predict_samples
 from ml_backend.detection.presets import preset_named
 from ml_backend.detection.types import Detections, Sample
 from ml_backend.jobs.schedule import Situation, decide
 from ml_backend.settings import Settings
 from ml_backend.store.tables import now
 from ml_backend.training.dataset import Dataset
-from ml_backend.training.out_of_fold import predict_samples
 from ml_backend.training.split import Item, assign, fingerprint
-from ml_backend.training.trainer import Lesson, Live, Teacher, cost_model, threshold_of
+from ml_backend.training.trainer import Live, Trainer, TrainingOutcome, cost_model
 
 FIRST = 55
 """Images labelled by hand in the story, before its one training."""
@@ -253,12 +254,12 @@ class Simulation:
             self._tell(done / total, f"{done} images labelled; {words} ({fraction:.0%})")
 
         dataset = self._dataset(state, labels, late)
-        teacher = Teacher(self._settings, self._device, tell)
-        lesson = teacher.teach(dataset, state.version.live if state.version else None)
+        trainer = Trainer(self._settings, self._device, tell)
+        outcome = trainer.fit(dataset, state.version.live if state.version else None)
         state.trained_at = done
         rest = [i for i in range(len(self._samples)) if i not in state.sides]
-        if lesson.verdict.promote:
-            state.version = self._go_live(lesson, strategy, f"{seed}:{done}", rest)
+        if outcome.verdict.promote:
+            state.version = self._go_live(outcome, strategy, f"{seed}:{done}", rest)
         whole = [_only(self._samples[i], self._labels, labels) for i in rest]
         quality = None
         if state.version is not None:
@@ -267,9 +268,9 @@ class Simulation:
         state.rounds.append(
             Round(
                 images=done,
-                promoted=lesson.verdict.promote,
-                reason=lesson.verdict.reason,
-                map50=lesson.evaluation.map50,
+                promoted=outcome.verdict.promote,
+                reason=outcome.verdict.reason,
+                map50=outcome.assessment.evaluation.map50,
                 map50_of_rest=quality.map50 if quality else 0.0,
                 ap50_of_rest={
                     label: quality.per_class[label].ap50 if quality else None for label in labels
@@ -278,32 +279,37 @@ class Simulation:
             )
         )
 
-    def _go_live(self, lesson: Lesson, strategy: str, name: str, rest: Sequence[int]) -> _Version:
+    def _go_live(
+        self, outcome: TrainingOutcome, strategy: str, name: str, rest: Sequence[int]
+    ) -> _Version:
         """What auto-labelling does after a promotion."""
-        detector = lesson.detector
+        detector = outcome.detector
         samples = [self._samples[i] for i in rest]
         found = predict_samples(detector, samples, max_pixels=self._settings.image_max_pixels)
         scorer = strategy_named(
             strategy,
-            lesson.reference,
+            outcome.reference,
             name,
             0.0 if strategy == "random" else self._settings.random_share,
         )
         scores = scorer.score(rest, [found[s.key] for s in samples])
         thresholds = {
-            price: threshold_of(
+            price: thresholds_by_index(
                 detector.labels,
                 {
                     label: t
                     for label, t in cheapest_thresholds(
-                        lesson.predictions, lesson.measured, detector.labels, costs
+                        outcome.assessment.predictions,
+                        outcome.assessment.samples,
+                        detector.labels,
+                        costs,
                     ).items()
                     if label in detector.thresholds
                 },
             )
             for price, costs in self._costs.items()
         }
-        live = Live(name, detector, lesson.out_of_fold)
+        live = Live(name, detector, outcome.out_of_fold)
         return _Version(live, thresholds, found, dict(zip(rest, scores, strict=True)))
 
     def _drawn(
@@ -380,7 +386,7 @@ def _only(sample: Sample, labels: Sequence[str], known: Sequence[str]) -> Sample
     mapping = np.array([position.get(label, -1) for label in labels], np.int64)
     mapped = mapping[sample.labels]
     keep = mapped >= 0
-    return Sample(sample.key, sample.image, sample.boxes[keep], mapped[keep])
+    return dataclasses.replace(sample.where(keep), labels=mapped[keep])
 
 
 def _clip(item: Item) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from ml_backend.datasets.datasets import DatasetError, LabelledData
 from ml_backend.detection.decoding import UndecodableImage, decode_image
 from ml_backend.detection.device import resolve_device
 from ml_backend.detection.types import Sample
+from ml_backend.machine import usable_cores
 from ml_backend.settings import Settings
 from ml_backend.simulation.campaign import FIRST, Campaign, Simulation, Tell
 from ml_backend.training.trainer import cost_model
@@ -97,7 +97,7 @@ def run(
         on_progress: told the fraction of all that is done, and a sentence.
     """
     if settings.train_threads is None:
-        settings = settings.model_copy(update={"train_threads": os.cpu_count()})
+        settings = settings.model_copy(update={"train_threads": usable_cores()})
     first = min(FIRST, max(2, len(data.samples) // 2))
     total = len(plan.seeds) * (len(plan.strategies) + plan.story)
     done = 0
@@ -167,7 +167,7 @@ def as_dict(
         "labels": list(data.labels),
         "left_out": data.left_out,
         "prices": list(plan.prices),
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "campaigns": [
             {**dataclasses.asdict(c), "saving": {p: round(c.saving(p), 3) for p in plan.prices}}
             for c in campaigns
