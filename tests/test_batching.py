@@ -15,13 +15,15 @@ from PIL import Image
 from torch import nn
 
 from ml_backend.demo.shapes import generate
-from ml_backend.detection.batching import BatchingPredictor, PredictorClosed
+from ml_backend.detection.architectures.fcos_shufflenet import fcos_shufflenet
+from ml_backend.detection.architectures.torchvision import TorchvisionDetector
 from ml_backend.detection.detector import Detector
-from ml_backend.detection.presets import PRESETS, fcos_shufflenet
+from ml_backend.detection.presets.tiny import PRESET as TINY
 from ml_backend.detection.types import Detections
+from ml_backend.serving.batching import BatchingPredictor, PredictorClosed
 
 CPU = torch.device("cpu")
-PRESET = replace(PRESETS["tiny"], min_size=96, max_size=160)
+PRESET = replace(TINY, min_size=96, max_size=160)
 
 
 class _Picky(nn.Module):
@@ -30,7 +32,6 @@ class _Picky(nn.Module):
     def __init__(self, outputs: int) -> None:
         super().__init__()
         self.inner = fcos_shufflenet(outputs)
-        self.transform = self.inner.transform
         self.most = 100
         self.batches: list[int] = []
 
@@ -48,7 +49,9 @@ def detector() -> Iterator[Detector]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    made = Detector.pretrained(replace(PRESET, build=_Picky), ("a", "b"), "none", CPU)
+    made = Detector.pretrained(
+        replace(PRESET, architecture=TorchvisionDetector(_Picky)), ("a", "b"), "none", CPU
+    )
     with torch.no_grad():
         for name, parameter in made.module.named_parameters():
             if "cls_logits.weight" in name:

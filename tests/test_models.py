@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 
 from ml_backend.backend import Backend
-from ml_backend.detection.batching import PredictorClosed
 from ml_backend.detection.detector import Detector
-from ml_backend.detection.presets import PRESETS
+from ml_backend.detection.presets.tiny import PRESET as TINY
 from ml_backend.label_studio.label_config import parse_label_config
 from ml_backend.projects.clients import LabelStudios
 from ml_backend.serving import model_cache as module
+from ml_backend.serving.batching import PredictorClosed
 from ml_backend.serving.model_cache import Models
 from ml_backend.serving.predictions import Serving
 from ml_backend.settings import load_settings
@@ -58,7 +58,7 @@ class Loaded:
 
     def learn(self, number: int, name: str = "v1") -> Project:
         """Makes a version live; answers its project."""
-        detector = Detector.pretrained(PRESETS["tiny"], ("car",), "none", CPU)
+        detector = Detector.pretrained(TINY, ("car",), "none", CPU)
         detector.thresholds = {"car": 0.0}
         key = f"{number}.1795463889"
         make_live(self.backend, detector, name, key=key, label_config=CONFIG)

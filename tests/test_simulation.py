@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from ml_backend.cli import app
 from ml_backend.demo.shapes import SHAPES, generate
 from ml_backend.detection.detector import Detector
-from ml_backend.detection.presets import PRESETS
+from ml_backend.detection.presets.tiny import PRESET as TINY
 from ml_backend.detection.training import train
 from ml_backend.detection.types import Sample
 from ml_backend.settings import load_settings
@@ -30,7 +30,7 @@ from tests.conftest import ROOT
 CPU = torch.device("cpu")
 LABELS = SHAPES[:3]
 SMALL = replace(
-    PRESETS["tiny"],
+    TINY,
     name="tests.test_simulation:SMALL",
     min_size=96,
     max_size=128,
@@ -226,7 +226,7 @@ def test_a_label_that_comes_late_costs_nothing_before(tmp_path: Path) -> None:
 
 
 def test_embeddings_do_not_depend_on_the_rest_of_the_batch(tmp_path: Path) -> None:
-    detector = Detector.pretrained(PRESETS["tiny"], LABELS, "none", CPU)
+    detector = Detector.pretrained(TINY, LABELS, "none", CPU)
     wide, tall = Image.new("RGB", (300, 120), "red"), Image.effect_noise((90, 200), 60)
     images = [wide, tall.convert("RGB")]
     together = detector.predict(images)

@@ -14,10 +14,13 @@ import torch
 from torch import nn
 
 from ml_backend.demo.shapes import SHAPES, generate
+from ml_backend.detection.architectures.fcos_shufflenet import fcos_shufflenet
+from ml_backend.detection.architectures.torchvision import TorchvisionDetector
 from ml_backend.detection.decoding import decode_image
 from ml_backend.detection.detector import Detector
 from ml_backend.detection.evaluation import evaluate
-from ml_backend.detection.presets import PRESETS, Preset, fcos_shufflenet
+from ml_backend.detection.presets import Preset
+from ml_backend.detection.presets.tiny import PRESET as TINY
 from ml_backend.detection.training import (
     NothingToLearn,
     Progress,
@@ -30,7 +33,7 @@ from ml_backend.detection.types import Sample
 CPU = torch.device("cpu")
 LABELS = SHAPES[:3]
 SMALL = replace(
-    PRESETS["tiny"],
+    TINY,
     name="tests.test_training:SMALL",
     min_size=96,
     max_size=128,
@@ -92,7 +95,7 @@ def test_the_same_seed_gives_the_same_detector(tmp_path: Path) -> None:
     assert not all(torch.equal(states[0][k], states[2][k]) for k in states[0])
 
 
-def test_replicas_learn_what_one_learns(tmp_path: Path) -> None:
+def test_train_two_threads_learns_as_one_thread_does(tmp_path: Path) -> None:
     samples = _samples(tmp_path, 12)
     result = _train(samples, threads=2)
     assert _quality(result.detector, samples) > 0.5
@@ -158,7 +161,6 @@ class _Hungry(nn.Module):
     def __init__(self, outputs: int) -> None:
         super().__init__()
         self.inner = fcos_shufflenet(outputs)
-        self.transform = self.inner.transform
 
     def forward(self, images: list[torch.Tensor], targets: Any = None) -> Any:
         if self.training and len(images) > 2:
@@ -167,7 +169,9 @@ class _Hungry(nn.Module):
 
 
 def test_out_of_memory_halves_the_batch_and_goes_on(tmp_path: Path) -> None:
-    hungry = replace(SMALL, name="tests.test_training:HUNGRY", build=_Hungry, steps=4)
+    hungry = replace(
+        SMALL, name="tests.test_training:HUNGRY", architecture=TorchvisionDetector(_Hungry), steps=4
+    )
     result = _train(_samples(tmp_path, 4), hungry)
     assert result.batch_size == 2
     assert result.steps == 4
@@ -180,7 +184,9 @@ class _Diverging(_Hungry):
 
 
 def test_a_loss_that_is_no_number_ends_it(tmp_path: Path) -> None:
-    diverging = replace(SMALL, name="tests.test_training:DIVERGING", build=_Diverging)
+    diverging = replace(
+        SMALL, name="tests.test_training:DIVERGING", architecture=TorchvisionDetector(_Diverging)
+    )
     with pytest.raises(TrainingDiverged, match="a smaller learning rate"):
         _train(_samples(tmp_path, 2), diverging)
 

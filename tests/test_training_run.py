@@ -19,7 +19,9 @@ from torch import nn
 
 from ml_backend.backend import Backend
 from ml_backend.demo.shapes import SHAPES, generate
-from ml_backend.detection.presets import PRESETS, fcos_shufflenet
+from ml_backend.detection.architectures.fcos_shufflenet import fcos_shufflenet
+from ml_backend.detection.architectures.torchvision import TorchvisionDetector
+from ml_backend.detection.presets.tiny import PRESET as TINY
 from ml_backend.label_studio.events import AnnotationInfo, AnnotationsChanged, ProjectInfo, TaskInfo
 from ml_backend.settings import load_settings
 from ml_backend.store.database import Database
@@ -38,23 +40,20 @@ TWO_IMAGES = CONFIG.replace(
 <Label value="Circle"/></RectangleLabels></View>""",
 )
 PROJECT = ProjectInfo("7.1795463889", 7, "shapes", CONFIG, None, None)
-SHORT = replace(
-    PRESETS["tiny"], name="short", min_size=64, max_size=96, batch_size=2, steps=2, epochs=0
-)
+SHORT = replace(TINY, name="short", min_size=64, max_size=96, batch_size=2, steps=2, epochs=0)
 
 
 class _Diverging(nn.Module):
     def __init__(self, outputs: int) -> None:
         super().__init__()
         self.inner = fcos_shufflenet(outputs)
-        self.transform = self.inner.transform
 
     def forward(self, images: list[torch.Tensor], targets: Any = None) -> Any:
         losses = self.inner(images, targets)
         return {k: v * float("nan") for k, v in losses.items()} if self.training else losses
 
 
-DIVERGING = replace(SHORT, build=_Diverging)
+DIVERGING = replace(SHORT, architecture=TorchvisionDetector(_Diverging))
 
 
 def _build_while_another_takes_the_job(outputs: int) -> nn.Module:
@@ -64,7 +63,7 @@ def _build_while_another_takes_the_job(outputs: int) -> nn.Module:
     return fcos_shufflenet(outputs)
 
 
-TAKEN_OVER = replace(SHORT, build=_build_while_another_takes_the_job)
+TAKEN_OVER = replace(SHORT, architecture=TorchvisionDetector(_build_while_another_takes_the_job))
 
 
 def _train(

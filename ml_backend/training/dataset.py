@@ -92,7 +92,7 @@ def build_dataset(
     folder: Path,
     *,
     max_pixels: int,
-    longest_side: int,
+    longest_side: int | None = None,
     random_share: float,
     leave_out: bool = True,
     on_progress: Callable[[float, str], None],
@@ -108,7 +108,7 @@ def build_dataset(
         max_pixels: larger images are left out.
         longest_side: pixels of an image's longer side that a detector can use: of larger images a
             working copy of at least this length is kept, which is decoded in a fraction of the
-            time.
+            time. None keeps every image as it is.
         random_share: of the tasks, that are asked for by chance.
         leave_out: whether tasks whose images cannot be had are left out.
         on_progress: told the fraction done and a sentence.
@@ -228,7 +228,7 @@ def _fetch(
     images: ImageSource,
     folder: Path,
     max_pixels: int,
-    longest_side: int,
+    longest_side: int | None,
 ) -> _Fetched:
     data_key = controls[0].data_key
     value = task.data.get(data_key)
