@@ -132,7 +132,7 @@ def _png_that_says(width: int, height: int) -> bytes:
         (b'<?xml version="1.0"?><svg/>', "SVG"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image that is supported"),
         (b"\0" * 1000, "not an image that is supported"),
-        (_png_that_says(60_000, 60_000), "ML_BACKEND_IMAGE_MAX_PIXELS"),
+        (_png_that_says(60_000, 60_000), "more than the 100,000,000 allowed"),
         (_encoded(_picture(), "JPEG")[:600], "damaged"),
         (_encoded(_picture(), "PNG")[:80], "damaged"),
         (_encoded(_picture(), "ICO"), "not an image that is supported"),

@@ -19,11 +19,12 @@ from ml_backend.detection.architectures.base import Target, WeightsError
 from ml_backend.detection.architectures.fcos_shufflenet import fcos_shufflenet
 from ml_backend.detection.architectures.torchvision import TorchvisionDetector
 from ml_backend.detection.detector import CorruptDetector, Detector
-from ml_backend.detection.device import DeviceError, own_device, resolve_device
+from ml_backend.detection.device import DeviceError, resolve_device
 from ml_backend.detection.presets import PresetError, check, preset_named
 from ml_backend.detection.presets.tiny import PRESET as TINY
 from ml_backend.extensions import PRESETS
 from ml_backend.remedies import with_remedy
+from ml_backend.serving.own_device import own_device
 
 CPU = torch.device("cpu")
 LABELS = ("car", "person", "valve")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -83,7 +84,8 @@ def test_it_learns_what_it_is_shown(tmp_path: Path) -> None:
     assert result.stopped == "finished"
     assert result.steps == 250
     assert [p.fraction for p in told] == sorted(p.fraction for p in told)
-    assert told[-1].loss < 0.8 * told[10].loss
+    losses = [p.loss for p in told if not math.isnan(p.loss)]
+    assert losses[-1] < 0.8 * losses[10]
 
 
 def test_the_same_seed_gives_the_same_detector(tmp_path: Path) -> None:

@@ -16,10 +16,11 @@ from sqlalchemy import select
 
 from ml_backend.acquisition.acquisition import Reference, Strategy, strategy_named
 from ml_backend.detection.detector import CorruptDetector, Detector
-from ml_backend.detection.device import own_device, resolve_device, serving_devices
+from ml_backend.detection.device import resolve_device
 from ml_backend.detection.presets import preset_named
 from ml_backend.machine import memory, usable_cores
 from ml_backend.serving.batching import BatchingPredictor
+from ml_backend.serving.own_device import own_device, serving_devices
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
 from ml_backend.store.registry import Registry, VersionMissing
