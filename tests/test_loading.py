@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -142,27 +143,37 @@ def test_predict_samples_several_batches_reports_progress_and_keeps_order(tmp_pa
     assert told == [16 / 40, 32 / 40, 1.0]
 
 
-def test_train_reading_takes_longer_than_the_budget_takes_its_steps(tmp_path: Path) -> None:
+def test_train_reading_takes_longer_than_the_budget_takes_all_its_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     samples = _samples(tmp_path, 24)
-    preset = replace(stand_in.PRESET, steps=3)
+    late = 0.0
+    clock = time.monotonic
+    original = Image.Image.convert
+
+    def convert(self: Image.Image, *args: Any, **kwargs: Any) -> Image.Image:
+        # As if each image took twice the budget to decode.
+        nonlocal late
+        late += 120
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "convert", convert)
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + late)
     told: list[Progress] = []
-    # Reading alone takes many times this budget; on the old code no time was left for a second
-    # step, since the clock began with the reading.
     result = train(
-        preset,
+        replace(stand_in.PRESET, steps=5),
         LABELS,
         samples,
         weights="none",
         device=CPU,
         threads=1,
-        budget_seconds=1e-3,
+        budget_seconds=60,
         on_progress=told.append,
     )
-    assert result.steps >= 1
-    reading = [p.message for p in told if p.message.startswith("decoding images")]
-    assert reading == [f"decoding images: {n + 1} of 24" for n in range(24)]
-    fractions = [p.fraction for p in told if not p.message.startswith("training")]
-    assert set(fractions) == {0.0}
+    assert (result.steps, result.stopped) == (5, "finished")
+    reading = [p for p in told if p.message.startswith("decoding images")]
+    assert [p.message for p in reading] == [f"decoding images: {n + 1} of 24" for n in range(24)]
+    assert {p.fraction for p in reading} == {0.0}
 
 
 def test_train_large_jpegs_are_decoded_once_and_never_at_full_size(
