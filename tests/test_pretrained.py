@@ -42,7 +42,7 @@ def _coco_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_coco_weights")
-def test_labels_that_coco_knows_are_pre_annotated_before_the_first_training(
+def test_predict_before_first_training_labels_of_coco_are_found(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = {

@@ -65,9 +65,7 @@ def _fit(
 
 
 @pytest.mark.parametrize("images", [9, 12])
-def test_images_that_all_look_alike_are_learned_and_said_to_be_so(
-    tmp_path: Path, images: int
-) -> None:
+def test_fit_images_that_all_look_alike_trains_and_says_so(tmp_path: Path, images: int) -> None:
     outcome = _fit(tmp_path, _dataset(tmp_path, images, dict.fromkeys(range(images), 0)))
     assert len(outcome.out_of_fold) == images
     assert outcome.measured_on == (
@@ -76,12 +74,12 @@ def test_images_that_all_look_alike_are_learned_and_said_to_be_so(
     )
 
 
-def test_images_that_differ_are_measured_without_a_remark(tmp_path: Path) -> None:
+def test_fit_images_that_differ_are_measured_without_a_remark(tmp_path: Path) -> None:
     outcome = _fit(tmp_path, _dataset(tmp_path, 9, {1: 0, 2: 0}))
     assert outcome.measured_on == "3 folds over 9 images"
 
 
-def test_a_holdout_of_nearly_everything_leaves_too_little_to_learn(tmp_path: Path) -> None:
+def test_fit_holdout_of_nearly_everything_measures_by_folds(tmp_path: Path) -> None:
     # One that measures from the beginning; then a camera that shows nothing but its like.
     clips = dict.fromkeys(range(2, 12), 2)
     outcome = _fit(tmp_path, _dataset(tmp_path, 12, clips, holdout=range(2, 12)))
@@ -95,7 +93,7 @@ def _live(preset: Preset, out_of_fold: Mapping[str, Detections] | None = None) -
     return Live("v1", detector, out_of_fold or {})
 
 
-def test_a_training_goes_on_from_a_live_version_that_is_like_it(tmp_path: Path) -> None:
+def test_fit_live_version_of_same_preset_starts_warm(tmp_path: Path) -> None:
     dataset = _dataset(tmp_path, 12, {}, holdout=range(3))
     assert _fit(tmp_path, dataset, _live(preset_named("tests.test_trainer:SHORT", CPU))).warm
     # Another preset was set since.
@@ -108,11 +106,11 @@ def test_a_training_goes_on_from_a_live_version_that_is_like_it(tmp_path: Path) 
     assert _fit(tmp_path, dataset, _live(SHORT, {"3-image": Detections.empty()})).warm
 
 
-def test_folds_never_start_from_what_has_learned_their_images(tmp_path: Path) -> None:
+def test_fit_by_folds_never_starts_warm(tmp_path: Path) -> None:
     assert not _fit(tmp_path, _dataset(tmp_path, 12, {}), _live(SHORT)).warm
 
 
-def test_a_new_label_does_not_outweigh_what_the_others_lose(
+def test_fit_label_new_to_live_version_is_left_out_of_the_comparison(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = _dataset(tmp_path, 9, {})
@@ -130,7 +128,7 @@ def test_a_new_label_does_not_outweigh_what_the_others_lose(
     assert comparison.delta == pytest.approx(sum(deltas) / 2)
 
 
-def test_few_images_start_from_pretrained_weights_where_there_are_any(
+def test_fit_few_images_with_pretrained_weights_starts_from_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = _dataset(tmp_path, 12, {}, holdout=range(3))

@@ -75,7 +75,7 @@ def _quality(detector: Detector, samples: Sequence[Sample]) -> float:
     return evaluate(found, samples, LABELS).map50
 
 
-def test_it_learns_what_it_is_shown(tmp_path: Path) -> None:
+def test_train_few_images_learns_them_within_its_steps(tmp_path: Path) -> None:
     samples = _samples(tmp_path, 12)
     told: list[Progress] = []
     result = _train(samples, on_progress=told.append)
@@ -88,7 +88,7 @@ def test_it_learns_what_it_is_shown(tmp_path: Path) -> None:
     assert losses[-1] < 0.8 * losses[10]
 
 
-def test_the_same_seed_gives_the_same_detector(tmp_path: Path) -> None:
+def test_train_same_seed_gives_same_weights_and_other_seed_gives_others(tmp_path: Path) -> None:
     samples = _samples(tmp_path, 6)
     short = replace(SMALL, steps=6)
     first, again, other = (_train(samples, short, seed=seed).detector for seed in (1, 1, 2))
@@ -103,7 +103,7 @@ def test_train_two_threads_learns_as_one_thread_does(tmp_path: Path) -> None:
     assert _quality(result.detector, samples) > 0.5
 
 
-def test_the_budget_is_obeyed(tmp_path: Path) -> None:
+def test_train_budget_shorter_than_the_steps_ends_by_budget(tmp_path: Path) -> None:
     samples = _samples(tmp_path, 6)
     began = time.monotonic()
     result = _train(samples, replace(SMALL, steps=100_000), budget_seconds=4.0)
@@ -111,7 +111,7 @@ def test_the_budget_is_obeyed(tmp_path: Path) -> None:
     assert result.stopped == "budget"
 
 
-def test_the_best_weights_on_the_validation_images_are_kept(tmp_path: Path) -> None:
+def test_train_validation_samples_keep_the_best_weights_on_them(tmp_path: Path) -> None:
     samples = _samples(tmp_path, 12)
     result = _train(samples[:8], validation=samples[8:])
     assert len(result.history) >= 4
@@ -120,7 +120,7 @@ def test_the_best_weights_on_the_validation_images_are_kept(tmp_path: Path) -> N
     assert _quality(result.detector, samples[8:]) == pytest.approx(best, abs=1e-6)
 
 
-def test_it_ends_early_when_nothing_improves(tmp_path: Path) -> None:
+def test_train_validation_that_never_improves_ends_early(tmp_path: Path) -> None:
     samples = _samples(tmp_path, 4)
     # Nothing can be found on images without boxes: no look is better than the first.
     empty = [replace(s, boxes=s.boxes[:0], labels=s.labels[:0]) for s in samples]
@@ -129,7 +129,7 @@ def test_it_ends_early_when_nothing_improves(tmp_path: Path) -> None:
     assert result.steps < 40
 
 
-def test_images_that_cannot_be_decoded_are_left_out(tmp_path: Path) -> None:
+def test_train_undecodable_images_are_left_out(tmp_path: Path) -> None:
     samples = _samples(tmp_path, 3)
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"<html>")
@@ -139,7 +139,7 @@ def test_images_that_cannot_be_decoded_are_left_out(tmp_path: Path) -> None:
         _train([bad])
 
 
-def test_large_images_are_learned_and_measured_where_they_are_allowed(
+def test_train_images_up_to_max_pixels_are_learned_and_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     samples = _samples(tmp_path, 3)
@@ -151,7 +151,7 @@ def test_large_images_are_learned_and_measured_where_they_are_allowed(
         _train(samples, short, max_pixels=128 * 96 - 1)
 
 
-def test_images_without_boxes_are_learned_from(tmp_path: Path) -> None:
+def test_train_images_without_boxes_takes_its_steps(tmp_path: Path) -> None:
     samples = _samples(tmp_path, 3)
     empty = [replace(s, boxes=s.boxes[:0], labels=s.labels[:0]) for s in samples]
     assert _train(empty, replace(SMALL, steps=3)).steps == 3
@@ -170,7 +170,7 @@ class _Hungry(nn.Module):
         return self.inner(images, targets)
 
 
-def test_out_of_memory_halves_the_batch_and_goes_on(tmp_path: Path) -> None:
+def test_train_out_of_memory_halves_the_batch_and_goes_on(tmp_path: Path) -> None:
     hungry = replace(
         SMALL, name="tests.test_training:HUNGRY", architecture=TorchvisionDetector(_Hungry), steps=4
     )
@@ -185,7 +185,7 @@ class _Diverging(_Hungry):
         return {k: v * float("nan") for k, v in losses.items()} if self.training else losses
 
 
-def test_a_loss_that_is_no_number_ends_it(tmp_path: Path) -> None:
+def test_train_loss_of_nan_raises_training_diverged(tmp_path: Path) -> None:
     diverging = replace(
         SMALL, name="tests.test_training:DIVERGING", architecture=TorchvisionDetector(_Diverging)
     )
@@ -197,7 +197,7 @@ class _Enough(Exception):
     """Somebody stops the training."""
 
 
-def test_who_is_told_of_the_progress_may_stop_it(tmp_path: Path) -> None:
+def test_train_on_progress_raises_stops_the_training(tmp_path: Path) -> None:
     def stop(progress: Progress) -> None:
         raise _Enough
 
@@ -205,7 +205,7 @@ def test_who_is_told_of_the_progress_may_stop_it(tmp_path: Path) -> None:
         _train(_samples(tmp_path, 2), on_progress=stop)
 
 
-def test_it_goes_on_from_a_detector_and_learns_a_label_more(tmp_path: Path) -> None:
+def test_train_start_with_one_label_less_learns_the_new_label(tmp_path: Path) -> None:
     samples = _samples(tmp_path, 12)
     # The first knows circles and squares; triangles are added.
     known = [

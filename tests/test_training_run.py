@@ -135,7 +135,7 @@ def _train(
     return done.returncode, job
 
 
-def test_a_key_of_the_data_may_have_a_slash(tmp_path: Path) -> None:
+def test_training_data_key_with_a_slash_ends_done(tmp_path: Path) -> None:
     status, job = _train(tmp_path)
     assert (status, job.state) == (0, "done"), job.reason
     assert job.version is not None
@@ -150,7 +150,7 @@ def test_a_key_of_the_data_may_have_a_slash(tmp_path: Path) -> None:
         ("ML_BACKEND_DEVICE", "cuda:99"),
     ],
 )
-def test_a_wrong_setting_is_said_where_people_look_for_the_training(
+def test_training_wrong_setting_is_refused_with_its_name(
     tmp_path: Path, setting: str, value: str
 ) -> None:
     status, job = _train(tmp_path, {setting: value})
@@ -159,13 +159,13 @@ def test_a_wrong_setting_is_said_where_people_look_for_the_training(
     assert setting in job.reason
 
 
-def test_a_training_that_diverges_says_so(tmp_path: Path) -> None:
+def test_training_loss_of_nan_fails_in_words(tmp_path: Path) -> None:
     status, job = _train(tmp_path, {"ML_BACKEND_PRESET": "tests.test_training_run:DIVERGING"})
     assert (status, job.state) == (REFUSED, "failed")
     assert job.reason.startswith("failed: the loss became nan after 0 steps: a smaller learning")
 
 
-def test_a_training_that_another_worker_took_over_ends_and_leaves_the_job_to_it(
+def test_training_taken_over_by_another_worker_ends_and_leaves_the_job(
     tmp_path: Path,
 ) -> None:
     status, job = _train(tmp_path, {"ML_BACKEND_PRESET": "tests.test_training_run:TAKEN_OVER"})
@@ -173,14 +173,14 @@ def test_a_training_that_another_worker_took_over_ends_and_leaves_the_job_to_it(
     assert list(tmp_path.glob("projects/*/*")) == []
 
 
-def test_a_training_whose_worker_died_before_it_was_up_does_nothing(tmp_path: Path) -> None:
+def test_training_dead_worker_ends_before_it_begins(tmp_path: Path) -> None:
     gone = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True).stdout
     status, job = _train(tmp_path, worker=int(gone))
     assert (status, job.state, job.progress) == (1, "running", 0)
     assert list(tmp_path.glob("projects/*/*")) == []
 
 
-def test_the_images_of_one_task_are_too_little(tmp_path: Path) -> None:
+def test_training_images_of_one_task_are_refused(tmp_path: Path) -> None:
     status, job = _train(tmp_path, readable=1, config=TWO_IMAGES)
     assert (status, job.state) == (REFUSED, "refused")
     assert job.reason.startswith("refused because all images are one task's")
