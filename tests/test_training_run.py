@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import os
 import subprocess
 import sys
@@ -21,11 +22,14 @@ from ml_backend.backend import Backend
 from ml_backend.demo.shapes import SHAPES, generate
 from ml_backend.detection.architectures.fcos_shufflenet import fcos_shufflenet
 from ml_backend.detection.architectures.torchvision import TorchvisionDetector
+from ml_backend.detection.decoding import decode_image
 from ml_backend.detection.presets.tiny import PRESET as TINY
 from ml_backend.label_studio.events import AnnotationInfo, AnnotationsChanged, ProjectInfo, TaskInfo
+from ml_backend.label_studio.label_config import parse_label_config
 from ml_backend.settings import load_settings
 from ml_backend.store.database import Database
-from ml_backend.store.tables import Job, now
+from ml_backend.store.tables import Job, Project, now
+from ml_backend.training.dataset import build_dataset
 from ml_backend.worker.supervisor import REFUSED
 from tests.conftest import ROOT
 
@@ -66,28 +70,20 @@ def _build_while_another_takes_the_job(outputs: int) -> nn.Module:
 TAKEN_OVER = replace(SHORT, architecture=TorchvisionDetector(_build_while_another_takes_the_job))
 
 
-def _train(
-    folder: Path,
-    settings: Mapping[str, str] | None = None,
-    *,
-    readable: int = 12,
-    config: str = CONFIG,
-    worker: int | None = None,
-) -> tuple[int, Job]:
-    """Runs a training's process on annotated images; answers how it ended."""
+def _annotated(
+    chosen: Mapping[str, str], *, readable: int = 12, config: str = CONFIG, enlarged: int = 1
+) -> tuple[Backend, Project]:
+    """Makes a backend with a project whose tasks are annotated, their images enlarged."""
     known = replace(PROJECT, label_config=config)
-    chosen = {
-        "MODEL_DIR": str(folder),
-        "ML_BACKEND_PRESET": "tests.test_training_run:SHORT",
-        "ML_BACKEND_WEIGHTS": "none",
-        "ML_BACKEND_DEVICE": "cpu",
-        "ML_BACKEND_TRAIN_THREADS": "1",
-        **(settings or {}),
-    }
     backend = Backend(load_settings(chosen))
     project = backend.ingest.introduce(PROJECT.key, 7, label_config=config)
     for number, image in enumerate(PICTURES, 1):
-        address = "data:image/jpeg;base64," + base64.b64encode(image.encoded()).decode()
+        content = image.encoded()
+        if enlarged > 1:
+            large = io.BytesIO()
+            image.image.resize((128 * enlarged, 96 * enlarged)).save(large, "JPEG")
+            content = large.getvalue()
+        address = "data:image/jpeg;base64," + base64.b64encode(content).decode()
         if number > readable:
             address = "data:image/jpeg;base64,"
         regions = [
@@ -112,6 +108,27 @@ def _train(
         )
         task = TaskInfo(number, {"camera/left": address, "other": address}, MOMENT)
         backend.ingest.apply(AnnotationsChanged(known, (annotation,), (task,)), known)
+    return backend, project
+
+
+def _train(
+    folder: Path,
+    settings: Mapping[str, str] | None = None,
+    *,
+    readable: int = 12,
+    config: str = CONFIG,
+    worker: int | None = None,
+) -> tuple[int, Job]:
+    """Runs a training's process on annotated images; answers how it ended."""
+    chosen = {
+        "MODEL_DIR": str(folder),
+        "ML_BACKEND_PRESET": "tests.test_training_run:SHORT",
+        "ML_BACKEND_WEIGHTS": "none",
+        "ML_BACKEND_DEVICE": "cpu",
+        "ML_BACKEND_TRAIN_THREADS": "1",
+        **(settings or {}),
+    }
+    backend, project = _annotated(chosen, readable=readable, config=config)
     asked = backend.jobs.consider_training(project.id, trigger="button", forced=True)
     assert backend.jobs.claim(asked.job) is not None
     done = subprocess.run(
@@ -184,3 +201,30 @@ def test_training_images_of_one_task_are_refused(tmp_path: Path) -> None:
     status, job = _train(tmp_path, readable=1, config=TWO_IMAGES)
     assert (status, job.state) == (REFUSED, "refused")
     assert job.reason.startswith("refused because all images are one task's")
+
+
+def test_build_dataset_large_images_become_small_copies_with_boxes_of_the_originals(
+    tmp_path: Path,
+) -> None:
+    backend, project = _annotated({"MODEL_DIR": str(tmp_path)}, enlarged=8)
+    told: list[str] = []
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    dataset = build_dataset(
+        project,
+        parse_label_config(CONFIG),
+        backend.database,
+        backend.label_studios.images(project),
+        copies,
+        max_pixels=10**6,
+        longest_side=192,
+        random_share=0.1,
+        on_progress=lambda fraction, words: told.append(words),
+    )
+    backend.database.close()
+    assert len(dataset.samples) == 12
+    for sample, picture in zip(dataset.samples, PICTURES, strict=True):
+        assert sample.size == (1024, 768)
+        assert decode_image(sample.image).size == (256, 192)
+        assert sample.boxes == pytest.approx(8 * picture.boxes, abs=0.1)
+    assert told == ["reading images: 10 of 12"]
