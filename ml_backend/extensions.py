@@ -89,7 +89,15 @@ def load_path(kind: str, path: str) -> Any:
         ) from error
 
 
-PRESETS = Registry("preset", "ml_backend.presets", {})
+PRESETS = Registry(
+    "preset",
+    "ml_backend.presets",
+    {
+        "tiny": "ml_backend.detection.presets.tiny:PRESET",
+        "small": "ml_backend.detection.presets.small:PRESET",
+        "accurate": "ml_backend.detection.presets.accurate:PRESET",
+    },
+)
 STRATEGIES = Registry(
     "strategy",
     "ml_backend.strategies",

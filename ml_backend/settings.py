@@ -21,7 +21,8 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
-from ml_backend.extensions import STRATEGIES
+from ml_backend.extensions import PRESETS, STRATEGIES
+from ml_backend.machine import usable_cores
 
 DEFAULT_FILE = Path("config/default.env")
 """Read from the working directory where it exists, unless `ML_BACKEND_CONFIG` names another."""
@@ -143,9 +144,9 @@ class Settings(BaseSettings):
     @field_validator("preset")
     @classmethod
     def _known_preset(cls, value: str) -> str:
-        if value not in {"auto", "tiny", "small", "accurate"} and ":" not in value:
+        if value != "auto" and value not in PRESETS and ":" not in value:
             raise ValueError(
-                "must be auto, tiny, small, accurate, or the import path of a preset "
+                f"must be auto, {', '.join(PRESETS)}, or the import path of a preset "
                 "(package.module:name)"
             )
         return value
@@ -275,8 +276,8 @@ class Settings(BaseSettings):
 
     @property
     def training_threads(self) -> int:
-        """Cores that a training may use: half of them, so that predictions keep the others."""
-        return self.train_threads or max(1, (os.cpu_count() or 2) // 2)
+        """Counts the cores that a training may use: half, so that predictions keep the others."""
+        return self.train_threads or max(1, usable_cores() // 2)
 
     @classmethod
     def settings_customise_sources(

@@ -1,6 +1,6 @@
 """A preset whose training takes a second, for tests of what is around it.
 
-While there is a file of the name in `TEST_HOLD`, its trainings wait.
+Its trainings wait while the file that `TEST_HOLD` names exists.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from pathlib import Path
 
 from torch import nn
 
-from ml_backend.detection.presets import PRESETS, fcos_shufflenet
+from ml_backend.detection.architectures.fcos_shufflenet import fcos_shufflenet
+from ml_backend.detection.architectures.torchvision import TorchvisionDetector
+from ml_backend.detection.presets.tiny import PRESET as TINY
 
 
 def _build(outputs: int) -> nn.Module:
@@ -22,5 +24,11 @@ def _build(outputs: int) -> nn.Module:
 
 
 PRESET = replace(
-    PRESETS["tiny"], name="quick", build=_build, min_size=64, max_size=96, steps=4, epochs=1
+    TINY,
+    name="quick",
+    architecture=TorchvisionDetector(_build),
+    min_size=64,
+    max_size=96,
+    steps=4,
+    epochs=1,
 )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ml_backend.detection.architectures.torchvision import TorchvisionDetector
 from ml_backend.detection.presets import Preset
 
 
@@ -17,7 +18,6 @@ class _Module(nn.Module):
 
     def __init__(self, outputs: int) -> None:
         super().__init__()
-        self.transform = nn.Identity()
         self.weight = nn.Parameter(torch.ones(outputs))
 
     def forward(self, images: list[Tensor], targets: Any = None) -> Any:
@@ -53,7 +53,7 @@ class _Hanging(_Module):
 
 PRESET = Preset(
     name="stand-in",
-    build=_Module,
+    architecture=TorchvisionDetector(_Module),
     min_size=64,
     max_size=96,
     learning_rate=1e-3,
@@ -64,5 +64,5 @@ PRESET = Preset(
 )
 REFERENCE = f"{__name__}:PRESET"
 """What `ML_BACKEND_PRESET` finds it by."""
-LARGE = replace(PRESET, name="large", build=_Large)
-HANGING = replace(PRESET, name="hanging", build=_Hanging)
+LARGE = replace(PRESET, name="large", architecture=TorchvisionDetector(_Large))
+HANGING = replace(PRESET, name="hanging", architecture=TorchvisionDetector(_Hanging))

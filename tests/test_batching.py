@@ -15,13 +15,15 @@ from PIL import Image
 from torch import nn
 
 from ml_backend.demo.shapes import generate
-from ml_backend.detection.batching import BatchingPredictor, PredictorClosed
+from ml_backend.detection.architectures.fcos_shufflenet import fcos_shufflenet
+from ml_backend.detection.architectures.torchvision import TorchvisionDetector
 from ml_backend.detection.detector import Detector
-from ml_backend.detection.presets import PRESETS, fcos_shufflenet
+from ml_backend.detection.presets.tiny import PRESET as TINY
 from ml_backend.detection.types import Detections
+from ml_backend.serving.batching import BatchingPredictor, PredictorClosed
 
 CPU = torch.device("cpu")
-PRESET = replace(PRESETS["tiny"], min_size=96, max_size=160)
+PRESET = replace(TINY, min_size=96, max_size=160)
 
 
 class _Picky(nn.Module):
@@ -30,7 +32,6 @@ class _Picky(nn.Module):
     def __init__(self, outputs: int) -> None:
         super().__init__()
         self.inner = fcos_shufflenet(outputs)
-        self.transform = self.inner.transform
         self.most = 100
         self.batches: list[int] = []
 
@@ -48,7 +49,9 @@ def detector() -> Iterator[Detector]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    made = Detector.pretrained(replace(PRESET, build=_Picky), ("a", "b"), "none", CPU)
+    made = Detector.pretrained(
+        replace(PRESET, architecture=TorchvisionDetector(_Picky)), ("a", "b"), "none", CPU
+    )
     with torch.no_grad():
         for name, parameter in made.module.named_parameters():
             if "cls_logits.weight" in name:
@@ -73,7 +76,7 @@ def _ask(
     return predictor, answers
 
 
-def test_everyone_gets_their_own_answer(detector: Detector) -> None:
+def test_submit_several_images_each_future_has_its_own_detections(detector: Detector) -> None:
     images = _pictures(11)
     alone = [detector.predict([image])[0] for image in images]
     predictor, answers = _ask(detector, images)
@@ -87,7 +90,7 @@ def test_everyone_gets_their_own_answer(detector: Detector) -> None:
     assert max(module.batches[len(images) :]) == PRESET.predict_batch
 
 
-def test_one_image_that_fails_spoils_no_other(detector: Detector) -> None:
+def test_submit_image_that_fails_fails_alone(detector: Detector) -> None:
     images = _pictures(6)
     images[3] = Image.new("RGB", (160, 120), "white")
     predictor, answers = _ask(detector, images)
@@ -100,7 +103,7 @@ def test_one_image_that_fails_spoils_no_other(detector: Detector) -> None:
     predictor.close()
 
 
-def test_out_of_memory_halves_the_batches(detector: Detector) -> None:
+def test_submit_out_of_memory_halves_the_batches(detector: Detector) -> None:
     module = detector.module
     assert isinstance(module, _Picky)
     module.most = 2
@@ -112,7 +115,7 @@ def test_out_of_memory_halves_the_batches(detector: Detector) -> None:
     predictor.close()
 
 
-def test_what_was_asked_before_the_end_is_answered(detector: Detector) -> None:
+def test_close_requests_from_before_are_answered_and_later_ones_refused(detector: Detector) -> None:
     predictor, answers = _ask(detector, _pictures(10))
     predictor.close()
     assert all(answer.result(60) is not None for answer in answers)
@@ -120,7 +123,7 @@ def test_what_was_asked_before_the_end_is_answered(detector: Detector) -> None:
         predictor.submit(_pictures(1)[0])
 
 
-def test_many_may_ask_at_the_same_time(detector: Detector) -> None:
+def test_submit_from_many_threads_each_gets_its_answer(detector: Detector) -> None:
     images = _pictures(4)
     wanted = [len(detector.predict([image])[0]) for image in images]
     predictor = BatchingPredictor(detector)

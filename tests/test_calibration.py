@@ -53,7 +53,7 @@ def _calibrated(found: list[Detections], curves: dict[str, Curve]) -> list[Detec
     return [calibrate(f, LABELS, curves) for f in found]
 
 
-def test_of_boxes_with_a_confidence_that_share_is_right() -> None:
+def test_calibrate_confidence_is_the_share_of_right_boxes() -> None:
     learned, known = _biased(0, 60)
     curves = fit_calibration(learned, known, LABELS)
     found, truth = _biased(1, 200)
@@ -64,7 +64,7 @@ def test_of_boxes_with_a_confidence_that_share_is_right() -> None:
 
 
 @pytest.mark.parametrize("left_out", ["cut off", "small"])
-def test_what_people_leave_out_ranks_lower(left_out: str) -> None:
+def test_calibrate_boxes_that_people_leave_out_rank_lower(left_out: str) -> None:
     def images(seed: int, count: int) -> tuple[list[Detections], list[Sample]]:
         random = np.random.default_rng(seed)
         found, truth = [], []
@@ -94,7 +94,7 @@ def test_what_people_leave_out_ranks_lower(left_out: str) -> None:
     assert calibration_from(saved) == curves
 
 
-def test_a_few_boxes_change_little() -> None:
+def test_fit_calibration_few_boxes_change_little() -> None:
     box = np.array([[100, 100, 140, 140]], np.float32)
     one = Detections(box, np.array([0.9], np.float32), np.array([0]), size=(600, 400))
     empty = Sample("1", Path("x"), box[:0], np.zeros(0, np.int64))

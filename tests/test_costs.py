@@ -58,11 +58,11 @@ ELSEWHERE = (300.0, 300.0, 350.0, 350.0)
         (_drawn(SQUARE, ELSEWHERE, SQUARE, labels=[1, 0, 0]), 3.0),
     ],
 )
-def test_each_repair_has_its_price(drawn: Detections, seconds: float) -> None:
+def test_human_seconds_each_repair_has_its_cost(drawn: Detections, seconds: float) -> None:
     assert human_seconds(drawn, _truth(SQUARE, labels=[0]), COSTS) == pytest.approx(3.3 + seconds)
 
 
-def test_an_empty_image_costs_a_look_and_what_is_deleted() -> None:
+def test_human_seconds_empty_image_costs_a_look_and_each_deletion() -> None:
     assert human_seconds(_drawn(labels=[]), _truth(labels=[]), COSTS) == 3.3
     assert human_seconds(_drawn(SQUARE, labels=[2]), _truth(labels=[]), COSTS) == 4.8
     assert by_hand(_truth(SQUARE, NEAR, labels=[0, 1]), SLOW) == pytest.approx(3.3 + 55.2)
@@ -96,7 +96,7 @@ def _tries_everything(drawn: Detections, sample: Sample, costs: CostModel) -> fl
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_the_person_does_what_costs_least(seed: int) -> None:
+def test_human_seconds_any_scene_is_the_cheapest_assignment(seed: int) -> None:
     found, truth = scene(seed, 8)
     for drawn, sample in zip(found, truth, strict=True):
         few = drawn.where(np.arange(len(drawn)) < 5)
@@ -120,7 +120,7 @@ def _spent(
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("costs", [COSTS, SLOW], ids=["7 s", "27.6 s"])
-def test_thresholds_against_a_brute_force_search(
+def test_cheapest_thresholds_any_scene_match_brute_force(
     monkeypatch: pytest.MonkeyPatch, seed: int, costs: CostModel
 ) -> None:
     monkeypatch.setattr("ml_backend.detection.costs.BELIEF", 0)
@@ -137,7 +137,9 @@ def test_thresholds_against_a_brute_force_search(
     assert mine <= _spent(found, truth, np.full(4, costs.break_even), costs)
 
 
-def test_thresholds_from_a_few_images_do_not_follow_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cheapest_thresholds_few_images_do_not_follow_chance(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def images(seed: int, count: int) -> tuple[list[Detections], list[Sample]]:
         """Boxes of which, with a confidence of p, the share p is right."""
         random = np.random.default_rng(seed)
@@ -164,7 +166,7 @@ def test_thresholds_from_a_few_images_do_not_follow_chance(monkeypatch: pytest.M
     assert careful < 0.99 * plain
 
 
-def test_a_detector_that_is_always_wrong_shows_nothing() -> None:
+def test_cheapest_thresholds_detector_always_wrong_show_nothing() -> None:
     truth = [_truth(SQUARE, labels=[0]) for _ in range(10 * BELIEF)]
     wrong = [_drawn(ELSEWHERE, labels=[0]) for _ in truth]
     right = [_drawn(SQUARE, labels=[0]) for _ in truth]
@@ -172,14 +174,14 @@ def test_a_detector_that_is_always_wrong_shows_nothing() -> None:
     assert cheapest_thresholds(right, truth, LABELS, COSTS)["car"] <= 0.9
 
 
-def test_a_label_with_few_boxes_stays_where_it_breaks_even() -> None:
+def test_cheapest_thresholds_label_with_few_boxes_breaks_even() -> None:
     truth = [_truth(SQUARE, labels=[0]) for _ in range(FEW_BOXES - 1)]
     wrong = [_drawn(ELSEWHERE, labels=[0]) for _ in truth]
     assert cheapest_thresholds(wrong, truth, LABELS, COSTS)["car"] == pytest.approx(1.5 / 8.5)
     assert SLOW.break_even < COSTS.break_even
 
 
-def test_slow_drawing_shows_more_boxes() -> None:
+def test_cheapest_thresholds_slow_drawing_show_more_boxes() -> None:
     found, truth = scene(3, 60)
     quick = cheapest_thresholds(found, truth, LABELS, COSTS)
     slow = cheapest_thresholds(found, truth, LABELS, SLOW)
@@ -187,7 +189,7 @@ def test_slow_drawing_shows_more_boxes() -> None:
     assert any(slow[label] < quick[label] for label in LABELS)
 
 
-def test_of_two_labels_on_one_object_the_surer_is_shown() -> None:
+def test_shown_two_labels_on_one_object_keeps_the_more_confident() -> None:
     both = _drawn(SQUARE, SQUARE, labels=[1, 0])
     kept = shown(both, np.zeros(2))
     assert kept.labels.tolist() == [1]

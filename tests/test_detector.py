@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +15,20 @@ from PIL import Image
 from torch import nn
 
 from ml_backend.demo.shapes import generate
+from ml_backend.detection.architectures.base import Target, WeightsError
+from ml_backend.detection.architectures.fcos_shufflenet import fcos_shufflenet
+from ml_backend.detection.architectures.torchvision import TorchvisionDetector
 from ml_backend.detection.detector import CorruptDetector, Detector
-from ml_backend.detection.device import DeviceError, own_device, resolve_device
-from ml_backend.detection.presets import PRESETS, build, check, fcos_shufflenet, preset_named
+from ml_backend.detection.device import DeviceError, resolve_device
+from ml_backend.detection.presets import PresetError, check, preset_named
+from ml_backend.detection.presets.tiny import PRESET as TINY
+from ml_backend.extensions import PRESETS
+from ml_backend.remedies import with_remedy
+from ml_backend.serving.own_device import own_device
 
 CPU = torch.device("cpu")
 LABELS = ("car", "person", "valve")
-MINE = replace(PRESETS["tiny"], name="mine", min_size=96, max_size=160)
+MINE = replace(TINY, name="mine", min_size=96, max_size=160)
 """A preset that somebody declares elsewhere: found by its import path."""
 SLASHED = replace(MINE, name="my/own")
 
@@ -29,7 +37,7 @@ def _unbuilt(outputs: int) -> nn.Module:
     raise RuntimeError("no such layer\nand more")
 
 
-UNBUILT = replace(MINE, build=_unbuilt)
+UNBUILT = replace(MINE, architecture=TorchvisionDetector(_unbuilt))
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +54,7 @@ def _pictures() -> list[Image.Image]:
 
 
 def _detector(labels: tuple[str, ...] = LABELS) -> Detector:
-    detector = Detector.pretrained(PRESETS["tiny"], labels, "none", CPU)
+    detector = Detector.pretrained(TINY, labels, "none", CPU)
     # Untrained, it would find each class with the same tiny confidence everywhere.
     with torch.no_grad():
         for name, parameter in detector.module.named_parameters():
@@ -55,7 +63,7 @@ def _detector(labels: tuple[str, ...] = LABELS) -> Detector:
     return detector
 
 
-def test_what_is_saved_finds_the_same_again(tmp_path: Path) -> None:
+def test_load_saved_detector_finds_the_same_boxes(tmp_path: Path) -> None:
     detector = _detector()
     detector.thresholds = {"car": 0.25}
     detector.save(tmp_path)
@@ -72,7 +80,7 @@ def test_what_is_saved_finds_the_same_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", ["truncated", "missing", "no card", "other preset", "pickle"])
-def test_a_damaged_detector_is_named(tmp_path: Path, harm: str) -> None:
+def test_load_damaged_detector_raises_error_with_folder(tmp_path: Path, harm: str) -> None:
     _detector().save(tmp_path)
     weights, card = tmp_path / "model.safetensors", tmp_path / "detector.json"
     if harm == "truncated":
@@ -89,7 +97,7 @@ def test_a_damaged_detector_is_named(tmp_path: Path, harm: str) -> None:
         Detector.load(tmp_path, CPU)
 
 
-def test_boxes_lie_in_the_images_own_pixels_and_come_in_order() -> None:
+def test_predict_any_size_boxes_are_in_pixels_of_the_image_and_sorted() -> None:
     (found,) = _detector().predict([Image.new("RGB", (500, 90), "grey")], floor=0.0)
     assert (np.diff(found.scores) <= 0).all()
     assert (found.boxes >= 0).all()
@@ -106,7 +114,7 @@ def _logits(detector: Detector) -> dict[str, torch.Tensor]:
     return {label: out[..., i + 1] for i, label in enumerate(detector.labels)}
 
 
-def test_labels_come_and_go_and_the_others_keep_what_they_learned() -> None:
+def test_with_labels_other_set_of_labels_keeps_logits_of_common_labels() -> None:
     before = _detector()
     after = before.with_labels(("valve", "new", "car"))
     assert after.labels == ("valve", "new", "car")
@@ -118,7 +126,7 @@ def test_labels_come_and_go_and_the_others_keep_what_they_learned() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_every_side_of_a_new_fcos_can_learn(seed: int) -> None:
+def test_fcos_shufflenet_new_module_has_a_gradient_on_every_side(seed: int) -> None:
     torch.manual_seed(seed)
     head = fcos_shufflenet(3).get_submodule("head.regression_head")
     distances, _ = head([torch.rand(2, 64, 12, 16)])
@@ -126,37 +134,37 @@ def test_every_side_of_a_new_fcos_can_learn(seed: int) -> None:
     assert (distances > 0).float().mean(dim=(0, 1)).min() > 0.9
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_learns_and_predicts(name: str) -> None:
-    preset = replace(PRESETS[name], min_size=96, max_size=160)
-    module = build(preset, 4).train()
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_architecture_of_each_preset_computes_losses_and_detections(name: str) -> None:
+    preset = replace(preset_named(name, CPU), min_size=96, max_size=160)
+    module = preset.architecture.build(3).train()
     images = [torch.rand(3, 96, 128), torch.rand(3, 112, 96)]
     targets = [
-        {"boxes": torch.tensor([[10.0, 10.0, 60.0, 50.0]]), "labels": torch.tensor([2])},
-        {"boxes": torch.zeros((0, 4)), "labels": torch.zeros(0, dtype=torch.int64)},
+        Target(torch.tensor([[10.0, 10.0, 60.0, 50.0]]), torch.tensor([1])),
+        Target(torch.zeros((0, 4)), torch.zeros(0, dtype=torch.int64)),
     ]
-    losses = module(images, targets)
+    losses = preset.architecture.losses(module, images, targets)
     loss = torch.stack(list(losses.values())).sum()
     assert torch.isfinite(loss)
     loss.backward()  # type: ignore[no-untyped-call]
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
     with torch.inference_mode():
-        found = module.eval()(images)
-    assert [set(f) >= {"boxes", "scores", "labels"} for f in found] == [True, True]
+        found = preset.architecture.detect(module.eval(), images, preset.input_size)
+    assert [len(f.boxes) == len(f.scores) == len(f.labels) for f in found] == [True, True]
 
 
-def test_a_preset_may_live_anywhere() -> None:
+def test_preset_named_import_path_or_unknown_name_is_loaded_or_named_in_error() -> None:
     assert preset_named("tests.test_detector:MINE", CPU) == MINE
     assert preset_named("auto", CPU).name == "tiny"
-    with pytest.raises(ValueError, match="auto, tiny, small, accurate, or an import path"):
+    with pytest.raises(PresetError, match="auto, tiny, small, accurate, or an import path"):
         preset_named("huge", CPU)
-    with pytest.raises(ValueError, match="cannot be imported"):
+    with pytest.raises(PresetError, match="cannot be imported"):
         preset_named("tests.nowhere:MINE", CPU)
-    with pytest.raises(ValueError, match="is not a Preset"):
+    with pytest.raises(PresetError, match="is not a Preset"):
         preset_named("tests.test_detector:LABELS", CPU)
 
 
-def test_a_detector_of_such_a_preset_is_found_again(tmp_path: Path) -> None:
+def test_load_detector_of_imported_preset_finds_preset_again(tmp_path: Path) -> None:
     preset = preset_named("tests.test_detector:MINE", CPU)
     assert preset.name == "mine"
     Detector.pretrained(preset, LABELS, "none", CPU).save(tmp_path)
@@ -167,7 +175,7 @@ def test_a_detector_of_such_a_preset_is_found_again(tmp_path: Path) -> None:
     assert Detector.load(tmp_path, CPU).preset == MINE
 
 
-def test_what_trainings_need_is_checked_before_there_is_one(tmp_path: Path) -> None:
+def test_check_usable_preset_and_weights_raises_nothing(tmp_path: Path) -> None:
     for preset in ("auto", "tests.test_detector:MINE"):
         check(preset, "auto", CPU)
     trunk = tmp_path / "trunk.pth"
@@ -184,13 +192,14 @@ def test_what_trainings_need_is_checked_before_there_is_one(tmp_path: Path) -> N
         ("tests.test_detector:UNBUILT", "cannot be built: no such layer"),
     ],
 )
-def test_a_wrong_preset_is_named_by_its_setting(preset: str, says: str) -> None:
-    with pytest.raises(ValueError, match=f"^ML_BACKEND_PRESET: .*{says}[^\n]*$"):
+def test_check_wrong_preset_raises_error_that_names_setting(preset: str, says: str) -> None:
+    with pytest.raises(PresetError) as raised:
         check(preset, "none", CPU)
+    assert re.fullmatch(f"ML_BACKEND_PRESET: .*{says}.*", with_remedy(raised.value))
 
 
 @pytest.mark.parametrize("content", [b"garbage", b"", "tensor", "other", None])
-def test_weights_that_do_not_serve_are_named_by_their_setting(
+def test_check_unusable_weights_raise_error_that_names_setting_and_file(
     tmp_path: Path, content: bytes | str | None
 ) -> None:
     file = tmp_path / "weights.pth"
@@ -198,25 +207,26 @@ def test_weights_that_do_not_serve_are_named_by_their_setting(
         file.write_bytes(content)
     elif content is not None:
         torch.save(torch.zeros(3) if content == "tensor" else {"model": {}, 7: 1}, file)
-    with pytest.raises(ValueError, match=f"^ML_BACKEND_WEIGHTS: [^\n]*{file}[^\n]*$") as raised:
+    with pytest.raises(WeightsError) as raised:
         check("tiny", str(file), CPU)
+    assert re.fullmatch(f"ML_BACKEND_WEIGHTS: .*{file}.*", with_remedy(raised.value))
     assert "weights_only" not in str(raised.value)
 
 
-def test_a_trunks_weights_are_taken_from_a_file(tmp_path: Path) -> None:
+def test_pretrained_file_of_trunk_fills_trunk(tmp_path: Path) -> None:
     trunk = fcos_shufflenet(2).backbone.body  # type: ignore[union-attr]
     assert isinstance(trunk, nn.Module)
     file = tmp_path / "trunk.pth"
     torch.save(trunk.state_dict(), file)
-    detector = Detector.pretrained(PRESETS["tiny"], LABELS, str(file), CPU)
+    detector = Detector.pretrained(TINY, LABELS, str(file), CPU)
     assert detector.weights.kind == "file"
     assert "trunk.pth" in detector.weights.detail
     filled = detector.module.backbone.body.state_dict()  # type: ignore[union-attr]
     assert all(torch.equal(filled[k], v) for k, v in trunk.state_dict().items())
 
 
-def test_boxes_of_an_image_far_too_large_lie_in_its_own_pixels() -> None:
-    detector = Detector.pretrained(PRESETS["tiny"], LABELS, "none", CPU)
+def test_predict_image_far_too_large_boxes_are_in_pixels_of_the_image() -> None:
+    detector = Detector.pretrained(TINY, LABELS, "none", CPU)
     small = generate(1, seed=3, width=900, height=600)[0].image
     large = small.resize((2700, 1800), Image.Resampling.NEAREST)
     (of_small,), (of_large,) = detector.predict([small]), detector.predict([large])
@@ -237,22 +247,22 @@ class _Code:
         return (print, ("this pickle ran",))
 
 
-def test_a_file_that_does_not_fit_or_runs_code_is_refused(
+def test_pretrained_file_that_does_not_fit_or_runs_code_raises_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "other.pth"
     torch.save({"layer.weight": torch.zeros(3)}, other)
     with pytest.raises(ValueError, match="none of its 1 entries fits"):
-        Detector.pretrained(PRESETS["tiny"], LABELS, str(other), CPU)
+        Detector.pretrained(TINY, LABELS, str(other), CPU)
     code = tmp_path / "code.pth"
     code.write_bytes(pickle.dumps(_Code()))
     with pytest.raises(ValueError, match="cannot be read as weights"):
-        Detector.pretrained(PRESETS["tiny"], LABELS, str(code), CPU)
+        Detector.pretrained(TINY, LABELS, str(code), CPU)
     assert "this pickle ran" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_without_a_download_a_training_starts_from_nothing_and_says_so(
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_pretrained_failed_download_starts_without_weights_and_says_so(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -260,26 +270,28 @@ def test_without_a_download_a_training_starts_from_nothing_and_says_so(
         monkeypatch.setenv(proxy, "http://127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
-    detector = Detector.pretrained(PRESETS[name], LABELS, "auto", CPU)
+    detector = Detector.pretrained(preset_named(name, CPU), LABELS, "auto", CPU)
     assert detector.weights.kind == "none"
     assert "cannot be downloaded" in detector.weights.detail
-    assert Detector.coco(PRESETS[name], CPU) is None
+    assert Detector.coco(preset_named(name, CPU), CPU) is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_never_replaced_silently() -> None:
+def test_resolve_device_missing_gpu_raises_error_that_names_setting() -> None:
     assert resolve_device("cpu") == CPU
     for name in ("cuda", "cuda:1"):
-        with pytest.raises(DeviceError, match="ML_BACKEND_DEVICE=cpu"):
+        with pytest.raises(DeviceError) as raised:
             resolve_device(name)
+        assert "ML_BACKEND_DEVICE=cpu" in with_remedy(raised.value)
 
 
-def test_a_gpu_has_one_process(tmp_path: Path) -> None:
+def test_own_device_taken_gpus_raise_error_that_names_setting(tmp_path: Path) -> None:
     gpus = [torch.device("cuda", 0), torch.device("cuda", 1)]
     # Two owners within this process stand for two processes: the locks are the files'.
     assert own_device(gpus, tmp_path) == gpus[0]
     assert own_device(gpus, tmp_path) == gpus[1]
-    with pytest.raises(DeviceError, match="WORKERS=2"):
+    with pytest.raises(DeviceError) as raised:
         own_device(gpus, tmp_path)
+    assert "WORKERS=2" in with_remedy(raised.value)
     assert own_device([CPU], tmp_path) == CPU
     assert own_device([CPU], tmp_path) == CPU

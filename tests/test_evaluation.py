@@ -59,7 +59,7 @@ def _quiet(*_: object) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_it_agrees_with_cocos_evaluation(seed: int) -> None:
+def test_evaluate_random_scenes_agrees_with_coco(seed: int) -> None:
     found, truth = scene(seed, 40)
     ours = evaluate(found, truth, LABELS)
     # [thresholds, recalls, classes, areas, most detections]: all areas, 100 detections.
@@ -74,7 +74,7 @@ def test_it_agrees_with_cocos_evaluation(seed: int) -> None:
     assert ours.per_class["never"].support == 0
 
 
-def test_perfect_and_absent_detections_are_one_and_nought() -> None:
+def test_evaluate_perfect_or_absent_detections_gives_one_or_zero() -> None:
     _, truth = scene(0, 10)
     perfect = [
         Detections(s.boxes, np.full(len(s.labels), 0.9, np.float32), s.labels) for s in truth
@@ -85,7 +85,7 @@ def test_perfect_and_absent_detections_are_one_and_nought() -> None:
     assert evaluate(nothing[:0], [], LABELS).map50 == 0
 
 
-def test_the_interval_holds_the_estimate_and_narrows_with_more_images() -> None:
+def test_bootstrap_interval_more_images_is_narrower_around_the_estimate() -> None:
     widths = {}
     for images in (10, 160):
         found, truth = scene(3, images)
@@ -96,13 +96,13 @@ def test_the_interval_holds_the_estimate_and_narrows_with_more_images() -> None:
     assert widths[160] < 0.6 * widths[10]
 
 
-def test_a_detector_compared_with_itself_is_no_different() -> None:
+def test_compare_detector_with_itself_is_zero() -> None:
     found, truth = scene(1, 30)
     same = compare(found, found, truth, LABELS, seed=0)
     assert (same.delta, same.low, same.high, same.probability_better) == (0, 0, 0, 0)
 
 
-def test_the_worse_of_two_detectors_is_found() -> None:
+def test_compare_worse_detector_has_negative_delta() -> None:
     good, truth = scene(1, 60, noise=2)
     bad = [d.where(np.arange(len(d)) % 2 == 0) for d in good]
     worse = compare(bad, good, truth, LABELS, seed=0)
@@ -113,7 +113,7 @@ def test_the_worse_of_two_detectors_is_found() -> None:
     assert set(better.per_class) == set(LABELS[:3])
 
 
-def test_a_label_that_only_one_knows_does_not_make_up_for_the_others() -> None:
+def test_compare_label_of_one_detector_alone_does_not_count_in_the_mean() -> None:
     found, truth = scene(1, 60, noise=2)
     # The live one does not know valves (2); the new one does, and lost half of the rest.
     live = [d.where(d.labels != 2) for d in found]
@@ -130,7 +130,7 @@ def test_a_label_that_only_one_knows_does_not_make_up_for_the_others() -> None:
     assert compare(new, live, truth, LABELS, known=("never",), seed=0) == over_all
 
 
-def test_agreement_counts_what_both_show() -> None:
+def test_agreement_counts_boxes_that_both_show() -> None:
     found, _ = scene(1, 20)
     assert agreement(found, found) == 1.0
     fewer = [d.where(np.arange(len(d)) % 2 == 0) for d in found]
@@ -141,7 +141,7 @@ def test_agreement_counts_what_both_show() -> None:
     assert agreement([Detections.empty()], [Detections.empty()]) == 1.0
 
 
-def test_every_image_needs_its_detections() -> None:
+def test_evaluate_fewer_predictions_than_samples_raises_error() -> None:
     found, truth = scene(0, 3)
     with pytest.raises(ValueError, match="2 predictions for 3 samples"):
         evaluate(found[:2], truth, LABELS)

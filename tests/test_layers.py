@@ -11,10 +11,10 @@ import ml_backend
 ROOT = Path(ml_backend.__file__).parent
 LAYERS = (
     # The ground.
-    {"extensions", "reasons"},
+    {"extensions", "machine", "reasons"},
     {"settings"},
     {"store", "detection"},
-    {"label_studio"},
+    {"label_studio", "remedies"},
     # The loop.
     {"datasets"},
     {"projects"},

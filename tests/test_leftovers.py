@@ -17,7 +17,8 @@ from ml_backend.demo.label_studio_server import LabelStudioServer
 from ml_backend.demo.project import LABEL_CONFIG, create_project
 from ml_backend.demo.shapes import SHAPES, generate
 from ml_backend.detection.detector import Detector
-from ml_backend.detection.presets import PRESETS, build, coco_labels, preset_named
+from ml_backend.detection.presets import preset_named
+from ml_backend.detection.presets.small import PRESET as SMALL
 from ml_backend.jobs.jobs import STALE_AFTER
 from ml_backend.label_studio.client import LabelStudioClient
 from ml_backend.settings import load_settings
@@ -151,16 +152,15 @@ def test_without_a_token_it_is_refused_in_words(
 def test_before_the_first_training_cocos_weights_are_waited_for(
     label_studio: LabelStudioServer, running: RunningBackend, tmp_path: Path
 ) -> None:
-    preset = PRESETS["small"]
-    known = coco_labels(preset) or ()
+    known = SMALL.architecture.published_labels or ()
     torch.manual_seed(0)
-    state: dict[str, Any] = build(preset, len(known) + 1).state_dict()
+    state: dict[str, Any] = SMALL.architecture.build(len(known)).state_dict()
     state["roi_heads.box_predictor.cls_score.bias"][known.index("truck") + 1] = 12.0
     # Stands in for the download, which not every machine can do.
-    assert isinstance(preset.coco, FasterRCNN_MobileNet_V3_Large_320_FPN_Weights)
+    weights = FasterRCNN_MobileNet_V3_Large_320_FPN_Weights.COCO_V1
     checkpoints = tmp_path / "torch/hub/checkpoints"
     checkpoints.mkdir(parents=True)
-    torch.save(state, checkpoints / preset.coco.url.rpartition("/")[2])
+    torch.save(state, checkpoints / weights.url.rpartition("/")[2])
     running.settings |= {
         "TORCH_HOME": str(tmp_path / "torch"),
         "ML_BACKEND_PRESET": "small",

@@ -1,4 +1,4 @@
-"""The model cache: loading, swapping versions, eviction when memory is scarce, damaged files."""
+"""Loaded models: how long each stays, who it stays for, and what goes when memory is scarce."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 
 from ml_backend.backend import Backend
-from ml_backend.detection.batching import PredictorClosed
 from ml_backend.detection.detector import Detector
-from ml_backend.detection.presets import PRESETS
+from ml_backend.detection.presets.tiny import PRESET as TINY
 from ml_backend.label_studio.label_config import parse_label_config
-from ml_backend.projects.clients import Clients
+from ml_backend.projects.clients import LabelStudios
 from ml_backend.serving import model_cache as module
-from ml_backend.serving.model_cache import ModelCache
+from ml_backend.serving.batching import PredictorClosed
+from ml_backend.serving.model_cache import Models
 from ml_backend.serving.predictions import Serving
 from ml_backend.settings import load_settings
 from ml_backend.store.tables import Project
@@ -34,7 +34,7 @@ PICTURE = Image.new("RGB", (96, 64), "grey")
 
 
 class Loaded:
-    """A model cache with several projects, and the detectors that are in memory."""
+    """Models of several projects, and the detectors that are in memory."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         settings = {
@@ -43,9 +43,7 @@ class Loaded:
             "ML_BACKEND_DEVICE": "cpu",
         }
         self.backend = Backend(load_settings(settings))
-        self.models = ModelCache(
-            self.backend.settings, self.backend.database, self.backend.artefacts
-        )
+        self.models = Models(self.backend.settings, self.backend.database, self.backend.registry)
         self._detectors: list[weakref.ref[Detector]] = []
         self._threads: list[threading.Thread] = []
         load = Detector.load
@@ -59,26 +57,26 @@ class Loaded:
         monkeypatch.setattr(module, "_WATCH", 0.05)
 
     def learn(self, number: int, name: str = "v1") -> Project:
-        """Makes a version live; returns its project."""
-        detector = Detector.pretrained(PRESETS["tiny"], ("car",), "none", CPU)
+        """Makes a version live; answers its project."""
+        detector = Detector.pretrained(TINY, ("car",), "none", CPU)
         detector.thresholds = {"car": 0.0}
         key = f"{number}.1795463889"
         make_live(self.backend, detector, name, key=key, label_config=CONFIG)
         return self.backend.ingest.introduce(key, number, label_config=CONFIG)
 
     def use(self, project: Project) -> None:
-        """Predicts one image."""
+        """Predicts something."""
         with self.models.using(project) as model:
             assert model is not None
             model.predictor.submit(PICTURE).result()
 
     def in_memory(self) -> int:
-        """Counts the detectors in memory, in use or not."""
+        """How many detectors are there, needed or not."""
         gc.collect()
         return sum(detector() is not None for detector in self._detectors)
 
     def loads(self) -> int:
-        """Counts the loads of detectors."""
+        """How often one was loaded."""
         return len(self._detectors)
 
     def watch(self) -> None:
@@ -87,7 +85,7 @@ class Loaded:
         self._threads[-1].start()
 
     def close(self) -> None:
-        """Ends the cache and its threads."""
+        """Ends it."""
         self.models.close()
         for thread in self._threads:
             thread.join()
@@ -96,7 +94,7 @@ class Loaded:
 
 @pytest.fixture
 def loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loaded]:
-    """An empty cache."""
+    """No model yet."""
     made = Loaded(tmp_path, monkeypatch)
     yield made
     made.close()
@@ -106,14 +104,14 @@ def _memory(monkeypatch: pytest.MonkeyPatch, left: Callable[[], float]) -> None:
     monkeypatch.setattr(module, "_memory_left", lambda device: left())
 
 
-def test_using_scarce_memory_evicts_the_least_recently_used_model_alone(
+def test_scarce_memory_costs_as_many_models_as_it_must(
     loaded: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     projects = [loaded.learn(number) for number in range(1, 5)]
     _memory(monkeypatch, lambda: 0.5 if loaded.in_memory() <= 3 else 0.01)
     for project in projects:
         loaded.use(project)
-    # The fourth model has evicted the first one alone.
+    # The fourth took the place of the one used longest ago, and of no other.
     assert loaded.in_memory() == 3
     assert loaded.loads() == 4
     for project in projects[1:]:
@@ -124,7 +122,7 @@ def test_using_scarce_memory_evicts_the_least_recently_used_model_alone(
     assert loaded.in_memory() == 3
 
 
-def test_using_scarce_memory_keeps_models_in_use_and_the_newest(
+def test_where_nothing_helps_what_is_used_and_what_was_just_loaded_stay(
     loaded: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second, third = (loaded.learn(number) for number in (1, 2, 3))
@@ -139,7 +137,7 @@ def test_using_scarce_memory_keeps_models_in_use_and_the_newest(
     assert loaded.loads() == 3
 
 
-def test_using_promotion_meanwhile_keeps_the_old_version_until_the_end(loaded: Loaded) -> None:
+def test_who_began_on_a_version_ends_on_it(loaded: Loaded) -> None:
     project = loaded.learn(1)
     with loaded.models.using(project) as old:
         assert old is not None
@@ -164,13 +162,13 @@ def test_using_promotion_meanwhile_keeps_the_old_version_until_the_end(loaded: L
         ("out_of_fold.json", '{"labels": ["car"], "predic'),
     ],
 )
-def test_using_damaged_version_serves_the_earlier_one_until_the_file_is_restored(
+def test_a_version_with_a_damaged_part_serves_again_once_that_is_restored(
     file: str, content: str, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_RETRY", 1.0)
     loaded.learn(1)
     project = loaded.learn(1, "v2")
-    path = loaded.backend.artefacts.existing(project.key, "v2") / file
+    path = loaded.backend.registry.existing(project.key, "v2") / file
     whole = path.read_bytes() if path.exists() else None
     path.write_text(content)
     loaded.use(project)
@@ -185,19 +183,19 @@ def test_using_damaged_version_serves_the_earlier_one_until_the_file_is_restored
 
 
 class _Slow:
-    """Images that arrive once the test lets them."""
+    """Images that come when they are let through."""
 
     def __init__(self, picture: bytes) -> None:
         self.through = threading.Event()
         self._picture = picture
 
     def fetch(self, task: int | None, value: str) -> bytes:
-        """Waits, then returns a picture."""
+        """A picture, after all."""
         self.through.wait(300)
         return self._picture
 
 
-def test_predict_task_beyond_the_deadline_keeps_its_model_open(
+def test_what_goes_on_beyond_a_deadline_keeps_its_model(
     loaded: Loaded,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -206,7 +204,7 @@ def test_predict_task_beyond_the_deadline_keeps_its_model_open(
     project, other = loaded.learn(1), loaded.learn(2)
     PICTURE.save(tmp_path / "picture.png")
     images = _Slow((tmp_path / "picture.png").read_bytes())
-    monkeypatch.setattr(Clients, "images", lambda *_: images)
+    monkeypatch.setattr(LabelStudios, "images", lambda *_: images)
     serving = Serving(loaded.backend.settings, loaded.models, loaded.backend.label_studios)
     task: dict[str, Any] = {"id": 1, "data": {"image": "x"}}
     predicted = serving.predict(
@@ -217,7 +215,7 @@ def test_predict_task_beyond_the_deadline_keeps_its_model_open(
     loaded.use(other)
     assert loaded.in_memory() == 2
     images.through.set()
-    # The late task succeeds; its model has no user from then on, and can be evicted.
+    # It ends well, and only then the model is nobody's.
     third = loaded.learn(3)
     wait_for(lambda: _idle(loaded, project), within=30, what="it is done")
     loaded.use(third)

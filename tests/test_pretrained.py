@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.models import WeightsEnum
 
 from ml_backend.backend import Backend
-from ml_backend.detection.presets import PRESETS, build, coco_labels
+from ml_backend.detection.presets.small import PRESET
 from ml_backend.http.app import create_app
 from ml_backend.settings import load_settings
 from tests.conftest import wait_for
@@ -24,15 +24,14 @@ CONFIG = """<View><Image name="image" value="$image"/>
 <Label value="Vehicle" predicted_values="car,truck"/><Label value="Person"/><Label value="Valve"/>
 <Label value="Lorry" predicted_values="trukc"/>
 </RectangleLabels></View>"""
-PRESET = PRESETS["small"]
-KNOWN = coco_labels(PRESET) or ()
+KNOWN = PRESET.architecture.published_labels or ()
 
 
 @pytest.fixture
 def _coco_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Stands in for the download, which not every machine can do: it sees a truck everywhere."""
     torch.manual_seed(0)
-    state = build(PRESET, len(KNOWN) + 1).state_dict()
+    state = PRESET.architecture.build(len(KNOWN)).state_dict()
     state["roi_heads.box_predictor.cls_score.bias"][KNOWN.index("truck") + 1] = 12.0
 
     def get_state_dict(self: WeightsEnum, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -43,7 +42,7 @@ def _coco_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_coco_weights")
-def test_labels_that_coco_knows_are_pre_annotated_before_the_first_training(
+def test_predict_before_first_training_labels_of_coco_are_found(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = {

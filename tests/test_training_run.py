@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import os
 import subprocess
 import sys
@@ -19,11 +20,16 @@ from torch import nn
 
 from ml_backend.backend import Backend
 from ml_backend.demo.shapes import SHAPES, generate
-from ml_backend.detection.presets import PRESETS, fcos_shufflenet
+from ml_backend.detection.architectures.fcos_shufflenet import fcos_shufflenet
+from ml_backend.detection.architectures.torchvision import TorchvisionDetector
+from ml_backend.detection.decoding import decode_image
+from ml_backend.detection.presets.tiny import PRESET as TINY
 from ml_backend.label_studio.events import AnnotationInfo, AnnotationsChanged, ProjectInfo, TaskInfo
+from ml_backend.label_studio.label_config import parse_label_config
 from ml_backend.settings import load_settings
 from ml_backend.store.database import Database
-from ml_backend.store.tables import Job, now
+from ml_backend.store.tables import Job, Project, now
+from ml_backend.training.dataset import build_dataset
 from ml_backend.worker.supervisor import REFUSED
 from tests.conftest import ROOT
 
@@ -38,23 +44,20 @@ TWO_IMAGES = CONFIG.replace(
 <Label value="Circle"/></RectangleLabels></View>""",
 )
 PROJECT = ProjectInfo("7.1795463889", 7, "shapes", CONFIG, None, None)
-SHORT = replace(
-    PRESETS["tiny"], name="short", min_size=64, max_size=96, batch_size=2, steps=2, epochs=0
-)
+SHORT = replace(TINY, name="short", min_size=64, max_size=96, batch_size=2, steps=2, epochs=0)
 
 
 class _Diverging(nn.Module):
     def __init__(self, outputs: int) -> None:
         super().__init__()
         self.inner = fcos_shufflenet(outputs)
-        self.transform = self.inner.transform
 
     def forward(self, images: list[torch.Tensor], targets: Any = None) -> Any:
         losses = self.inner(images, targets)
         return {k: v * float("nan") for k, v in losses.items()} if self.training else losses
 
 
-DIVERGING = replace(SHORT, build=_Diverging)
+DIVERGING = replace(SHORT, architecture=TorchvisionDetector(_Diverging))
 
 
 def _build_while_another_takes_the_job(outputs: int) -> nn.Module:
@@ -64,31 +67,23 @@ def _build_while_another_takes_the_job(outputs: int) -> nn.Module:
     return fcos_shufflenet(outputs)
 
 
-TAKEN_OVER = replace(SHORT, build=_build_while_another_takes_the_job)
+TAKEN_OVER = replace(SHORT, architecture=TorchvisionDetector(_build_while_another_takes_the_job))
 
 
-def _train(
-    folder: Path,
-    settings: Mapping[str, str] | None = None,
-    *,
-    readable: int = 12,
-    config: str = CONFIG,
-    worker: int | None = None,
-) -> tuple[int, Job]:
-    """Runs a training's process on annotated images; answers how it ended."""
+def _annotated(
+    chosen: Mapping[str, str], *, readable: int = 12, config: str = CONFIG, enlarged: int = 1
+) -> tuple[Backend, Project]:
+    """Makes a backend with a project whose tasks are annotated, their images enlarged."""
     known = replace(PROJECT, label_config=config)
-    chosen = {
-        "MODEL_DIR": str(folder),
-        "ML_BACKEND_PRESET": "tests.test_training_run:SHORT",
-        "ML_BACKEND_WEIGHTS": "none",
-        "ML_BACKEND_DEVICE": "cpu",
-        "ML_BACKEND_TRAIN_THREADS": "1",
-        **(settings or {}),
-    }
     backend = Backend(load_settings(chosen))
     project = backend.ingest.introduce(PROJECT.key, 7, label_config=config)
     for number, image in enumerate(PICTURES, 1):
-        address = "data:image/jpeg;base64," + base64.b64encode(image.encoded()).decode()
+        content = image.encoded()
+        if enlarged > 1:
+            large = io.BytesIO()
+            image.image.resize((128 * enlarged, 96 * enlarged)).save(large, "JPEG")
+            content = large.getvalue()
+        address = "data:image/jpeg;base64," + base64.b64encode(content).decode()
         if number > readable:
             address = "data:image/jpeg;base64,"
         regions = [
@@ -113,6 +108,27 @@ def _train(
         )
         task = TaskInfo(number, {"camera/left": address, "other": address}, MOMENT)
         backend.ingest.apply(AnnotationsChanged(known, (annotation,), (task,)), known)
+    return backend, project
+
+
+def _train(
+    folder: Path,
+    settings: Mapping[str, str] | None = None,
+    *,
+    readable: int = 12,
+    config: str = CONFIG,
+    worker: int | None = None,
+) -> tuple[int, Job]:
+    """Runs a training's process on annotated images; answers how it ended."""
+    chosen = {
+        "MODEL_DIR": str(folder),
+        "ML_BACKEND_PRESET": "tests.test_training_run:SHORT",
+        "ML_BACKEND_WEIGHTS": "none",
+        "ML_BACKEND_DEVICE": "cpu",
+        "ML_BACKEND_TRAIN_THREADS": "1",
+        **(settings or {}),
+    }
+    backend, project = _annotated(chosen, readable=readable, config=config)
     asked = backend.jobs.consider_training(project.id, trigger="button", forced=True)
     assert backend.jobs.claim(asked.job) is not None
     done = subprocess.run(
@@ -136,7 +152,7 @@ def _train(
     return done.returncode, job
 
 
-def test_a_key_of_the_data_may_have_a_slash(tmp_path: Path) -> None:
+def test_training_data_key_with_a_slash_ends_done(tmp_path: Path) -> None:
     status, job = _train(tmp_path)
     assert (status, job.state) == (0, "done"), job.reason
     assert job.version is not None
@@ -151,7 +167,7 @@ def test_a_key_of_the_data_may_have_a_slash(tmp_path: Path) -> None:
         ("ML_BACKEND_DEVICE", "cuda:99"),
     ],
 )
-def test_a_wrong_setting_is_said_where_people_look_for_the_training(
+def test_training_wrong_setting_is_refused_with_its_name(
     tmp_path: Path, setting: str, value: str
 ) -> None:
     status, job = _train(tmp_path, {setting: value})
@@ -160,13 +176,13 @@ def test_a_wrong_setting_is_said_where_people_look_for_the_training(
     assert setting in job.reason
 
 
-def test_a_training_that_diverges_says_so(tmp_path: Path) -> None:
+def test_training_loss_of_nan_fails_in_words(tmp_path: Path) -> None:
     status, job = _train(tmp_path, {"ML_BACKEND_PRESET": "tests.test_training_run:DIVERGING"})
     assert (status, job.state) == (REFUSED, "failed")
     assert job.reason.startswith("failed: the loss became nan after 0 steps: a smaller learning")
 
 
-def test_a_training_that_another_worker_took_over_ends_and_leaves_the_job_to_it(
+def test_training_taken_over_by_another_worker_ends_and_leaves_the_job(
     tmp_path: Path,
 ) -> None:
     status, job = _train(tmp_path, {"ML_BACKEND_PRESET": "tests.test_training_run:TAKEN_OVER"})
@@ -174,14 +190,41 @@ def test_a_training_that_another_worker_took_over_ends_and_leaves_the_job_to_it(
     assert list(tmp_path.glob("projects/*/*")) == []
 
 
-def test_a_training_whose_worker_died_before_it_was_up_does_nothing(tmp_path: Path) -> None:
+def test_training_dead_worker_ends_before_it_begins(tmp_path: Path) -> None:
     gone = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True).stdout
     status, job = _train(tmp_path, worker=int(gone))
     assert (status, job.state, job.progress) == (1, "running", 0)
     assert list(tmp_path.glob("projects/*/*")) == []
 
 
-def test_the_images_of_one_task_are_too_little(tmp_path: Path) -> None:
+def test_training_images_of_one_task_are_refused(tmp_path: Path) -> None:
     status, job = _train(tmp_path, readable=1, config=TWO_IMAGES)
     assert (status, job.state) == (REFUSED, "refused")
     assert job.reason.startswith("refused because all images are one task's")
+
+
+def test_build_dataset_large_images_become_small_copies_with_boxes_of_the_originals(
+    tmp_path: Path,
+) -> None:
+    backend, project = _annotated({"MODEL_DIR": str(tmp_path)}, enlarged=8)
+    told: list[str] = []
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    dataset = build_dataset(
+        project,
+        parse_label_config(CONFIG),
+        backend.database,
+        backend.label_studios.images(project),
+        copies,
+        max_pixels=10**6,
+        longest_side=192,
+        random_share=0.1,
+        on_progress=lambda fraction, words: told.append(words),
+    )
+    backend.database.close()
+    assert len(dataset.samples) == 12
+    for sample, picture in zip(dataset.samples, PICTURES, strict=True):
+        assert sample.size == (1024, 768)
+        assert decode_image(sample.image).size == (256, 192)
+        assert sample.boxes == pytest.approx(8 * picture.boxes, abs=0.1)
+    assert told == ["reading images: 10 of 12"]

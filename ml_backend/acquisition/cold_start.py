@@ -26,6 +26,7 @@ from ml_backend.label_studio.images import ImageSource, ImageUnavailable
 from ml_backend.label_studio.label_config import LabelConfig
 from ml_backend.label_studio.media import fetch_media
 from ml_backend.reasons import Code, Reason, reason
+from ml_backend.remedies import with_remedy
 from ml_backend.settings import Settings
 from ml_backend.store.tables import UNTRAINED
 
@@ -84,7 +85,9 @@ def cold_start(
             try:
                 image = decode_image(content, max_pixels=settings.image_max_pixels)
             except UndecodableImage as error:
-                _log.warning("task %s cannot be among the first tasks: %s", task["id"], error)
+                _log.warning(
+                    "task %s cannot be among the first tasks: %s", task["id"], with_remedy(error)
+                )
                 continue
             (found,) = trunk.predict([image])
             if found.embedding is not None:

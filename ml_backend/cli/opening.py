@@ -66,12 +66,13 @@ def check_device(settings: Settings) -> str:
     """
     from ml_backend.detection.device import DeviceError, describe_device, resolve_device
     from ml_backend.detection.presets import check
+    from ml_backend.remedies import with_remedy
 
     try:
         device = resolve_device(settings.device)
         check(settings.preset, settings.weights, device)
     except DeviceError as error:
-        raise fail(str(error)) from None
+        raise fail(with_remedy(error)) from None
     except ValueError as error:
-        raise SettingsError(str(error)) from None
+        raise SettingsError(with_remedy(error)) from None
     return ", ".join(map(str, describe_device(device).values()))

@@ -111,7 +111,7 @@ def worker(
 
 def _devices(settings: Settings) -> list[str]:
     """The devices of this host that the settings allow."""
-    from ml_backend.detection.device import serving_devices
+    from ml_backend.serving.own_device import serving_devices
 
     return [str(device) for device in serving_devices(settings.device)]
 

@@ -13,7 +13,7 @@ from ml_backend.cli.options import JsonOption
 from ml_backend.cli.output import err, fail, out, print_json, say_wrong
 from ml_backend.cli.progress import ProgressReporter
 from ml_backend.reasons import Reason
-from ml_backend.wording import told
+from ml_backend.wording import told, words
 
 if TYPE_CHECKING:
     from ml_backend.simulation.results import Round
@@ -80,8 +80,11 @@ def simulate(
             def on_round(campaign: str, seed: int, finished: Round) -> None:
                 progress.milestone(describe_round(campaign, seed, finished))
 
-            data = keep_decodable(data, settings, progress.update)
-            for campaign in run(plan, settings, data, progress.update, on_round):
+            def on_progress(fraction: float, stage: Reason) -> None:
+                progress.update(fraction, words(stage))
+
+            data = keep_decodable(data, settings, on_progress)
+            for campaign in run(plan, settings, data, on_progress, on_round):
                 campaigns.append(campaign)
     except DatasetError as error:
         raise fail(str(error)) from None

@@ -1,1 +1,4 @@
-"""Detectors: presets, training, evaluation, prediction. Boxes and tensors, nothing else."""
+"""Detectors: architectures, presets, training, prediction, measuring.
+
+Works on boxes and tensors, and knows neither settings nor Label Studio.
+"""

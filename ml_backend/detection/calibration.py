@@ -1,9 +1,9 @@
-"""Confidence that means what it says: of boxes with 0.8, four in five are right.
+"""Calibrates confidences: of boxes with a confidence of 0.8, four in five are right.
 
-Platt's scaling (1999) by label, a logistic curve over the logit of what the network says, extended
+Platt's scaling (1999) by label, a logistic curve over the logit of the network's score, extended
 by where a box lies and how large it is (Küppers et al., "Multivariate confidence calibration for
-object detection", CVPR workshops 2020): what people leave out is often what an edge cuts off, or
-what is smaller than the rest. Fitted to hits and misses on images that were not learned.
+object detection", CVPR workshops 2020): people often leave out objects that an edge cuts off, or
+that are smaller than the others. Fitted to hits and misses on images that were not learned.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """What a label's confidences mean: the logit of being right, linear in what is known of a box.
+    """The calibration of one label: the logit of being right, linear in features of a box.
 
     Attributes:
-        slope: by which the network's logit counts; positive.
+        slope: factor of the network's logit; positive.
         intercept: added.
         edges: added where a box touches the left or right edge, and the upper or lower one.
         size: weights of the logarithms of width and height, and of their squares, standardised.
@@ -61,14 +61,14 @@ class Curve:
 
 
 Calibration = Mapping[str, Curve]
-"""Curves by label; a label that is missing keeps what the network says."""
+"""Curves by label; a label without one keeps the network's scores."""
 
 
 def calibration_from(saved: Mapping[str, Mapping[str, object]]) -> dict[str, Curve]:
-    """Reads curves back that `dataclasses.asdict` made, through JSON.
+    """Makes curves from the JSON of `dataclasses.asdict`.
 
     Raises:
-        TypeError, ValueError: they are no curves.
+        TypeError, ValueError: the values are no curves.
     """
     known = {field.name for field in dataclasses.fields(Curve)}
     curves = {}
@@ -89,9 +89,10 @@ def fit_calibration(
     """Fits the curves.
 
     Args:
-        predictions: what an uncalibrated detector found on images that it had not learned, with
-            the images' sizes.
-        samples: what is there; a box is right that overlaps one of its label with an IoU of 0.5.
+        predictions: for each sample the detections of an uncalibrated detector that had not
+            learned it, with the image's size.
+        samples: the annotated images; a box is right that overlaps one of its label with an IoU
+            of 0.5.
         labels: label names.
 
     Returns:
@@ -108,10 +109,10 @@ def fit_calibration(
 
 
 def calibrate(found: Detections, labels: Sequence[str], calibration: Calibration) -> Detections:
-    """Detections with calibrated confidences, most confident first.
+    """Calibrates confidences, and sorts by them.
 
     Args:
-        found: what the network found, with the image's size.
+        found: the uncalibrated detections, with the image's size.
         labels: label names.
         calibration: the curves.
     """
@@ -161,7 +162,7 @@ def _fit(found: Sequence[Detections], right: Sequence[_Bools]) -> Curve:
 
 
 def _surroundings(found: Detections, centre: _Array, spread: _Array) -> _Array:
-    """float64 `[N, 6]`: whether boxes touch edges; their standardised sizes, and the squares."""
+    """Computes features, float64 `[N, 6]`: edges touched, standardised sizes, and their squares."""
     width, height = _size(found)
     x1, y1, x2, y2 = found.boxes.astype(np.float64).T
     sides = np.minimum(x1, width - x2) < _EDGE * width

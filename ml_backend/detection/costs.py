@@ -1,13 +1,13 @@
-"""What people's work on predicted boxes costs, and the thresholds that make it cost least.
+"""Computes the cost of people's work on predicted boxes, and thresholds that minimise it.
 
-A box that is shown may save the drawing of one, or cost the deleting of one. Which is likelier is
-measured on held-out images, and weighed by what drawing, correcting and deleting take.
+A box that is shown may save drawing one, or cost deleting one. The likelihood of either is measured
+on held-out images, and weighed by the seconds that drawing, correcting and deleting take.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +41,7 @@ _Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """Seconds that a person takes.
+    """The seconds that a person takes for each action.
 
     Attributes:
         look: to look at an image.
@@ -65,7 +65,7 @@ class CostModel:
 
 
 def shown(detections: Detections, thresholds: npt.NDArray[np.floating]) -> Detections:
-    """The detections that people are shown.
+    """Selects the detections that people are shown.
 
     Args:
         detections: of one image, most confident first.
@@ -86,22 +86,27 @@ def shown(detections: Detections, thresholds: npt.NDArray[np.floating]) -> Detec
     return kept.where(stays)
 
 
+def thresholds_by_index(labels: Sequence[str], thresholds: Mapping[str, float]) -> _Floats:
+    """Puts thresholds in the order of labels: float64 `[C]`, infinite where a label has none."""
+    return np.array([thresholds.get(label, np.inf) for label in labels])
+
+
 def human_seconds(drawn: Detections, sample: Sample, costs: CostModel) -> float:
-    """Seconds until a person has made the boxes of one image right.
+    """Computes the seconds until a person has made the boxes of one image right.
 
     Each predicted box is left, corrected, relabelled, or deleted; what is missing is drawn. The
     person does what takes least in all (an assignment; Kuhn, 1955).
 
     Args:
         drawn: the boxes that are shown.
-        sample: what is there.
-        costs: what each of it takes.
+        sample: the annotated image.
+        costs: seconds of each action.
     """
     return costs.look + _repairs(_savings(drawn, sample, costs), len(sample.labels), costs)
 
 
 def by_hand(sample: Sample, costs: CostModel) -> float:
-    """Seconds until a person has drawn every box of one image."""
+    """Computes the seconds until a person has drawn every box of one image."""
     return costs.look + costs.draw * len(sample.labels)
 
 
@@ -111,7 +116,7 @@ def cheapest_thresholds(
     labels: Sequence[str],
     costs: CostModel,
 ) -> dict[str, float]:
-    """For each label, the threshold that makes the samples cost people least.
+    """Finds for each label the threshold that makes the samples cost people least.
 
     Coordinate descent on the exact cost, since labels compete for objects: one label after the
     other, until no threshold improves it. Few images say little: to their cost is added that of
@@ -119,11 +124,11 @@ def cheapest_thresholds(
     at the confidence that breaks even, where labels with few boxes stay.
 
     Args:
-        predictions: what was found on images that were not learned, down to a low confidence;
-            calibrated.
-        samples: what is there.
+        predictions: for each sample the calibrated detections, down to a low confidence, of a
+            detector that has not learned it.
+        samples: the annotated images.
         labels: label names.
-        costs: what people's work takes.
+        costs: seconds of each action.
 
     Returns:
         Confidence by label; `NEVER` where no box of a label is worth showing.
@@ -162,7 +167,7 @@ def cheapest_thresholds(
 
 
 class _Image:
-    """One image's candidates, with what each would save."""
+    """One image's candidates, with the seconds that each would save."""
 
     def __init__(self, found: Detections, sample: Sample, costs: CostModel) -> None:
         self._found = found.ranked()

@@ -1,4 +1,4 @@
-"""A detector: a module that was built by a preset, and the names of what it finds."""
+"""A detector: a network built by a preset, and the names of the labels that it finds."""
 
 from __future__ import annotations
 
@@ -17,24 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ml_backend.detection.architectures.base import Found, LoadedWeights
 from ml_backend.detection.calibration import Calibration, calibrate, calibration_from
-from ml_backend.detection.embedding import embeddings_of
-from ml_backend.detection.presets import (
-    LoadedWeights,
-    Preset,
-    build,
-    coco_labels,
-    load_weights,
-    preset_named,
-    transfer,
-)
-from ml_backend.detection.types import Detections, FloatArray
+from ml_backend.detection.presets import Preset, preset_named
+from ml_backend.detection.types import Detections
 
 FLOOR = 0.02
 """Confidence of the network down to which boxes are looked at; thresholds decide what is shown."""
-_ENOUGH = 2
-"""Times the preset's `max_size` that the longer side of a prepared image has at least, where the
-image itself has more."""
 _WEIGHTS = "model.safetensors"
 _CARD = "detector.json"
 
@@ -45,17 +34,22 @@ class CorruptDetector(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """An image as a batch takes it: of a size that a batch of any images fits into memory.
+    """An image reduced to a size at which a batch of any images fits into memory.
 
     Attributes:
         pixels: uint8 `[H, W, 3]`.
-        size: width and height of the image that it was, in pixels.
-        factor: how many of its pixels became one, in either direction.
+        size: width and height of the original image, in pixels.
+        factor: pixels of the original that became one, horizontally and vertically.
     """
 
     pixels: npt.NDArray[np.uint8]
     size: tuple[int, int]
-    factor: int
+    factor: tuple[float, float]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that it takes."""
+        return self.pixels.nbytes
 
 
 class Detector:
@@ -63,12 +57,12 @@ class Detector:
 
     Args:
         preset: what it was built by.
-        labels: names of what it finds.
-        module: the network, with `len(labels) + 1` outputs.
-        weights: what it began with.
+        labels: names of the labels that it finds.
+        module: the network, made by the preset's architecture for these labels.
+        weights: the weights that it began with.
         device: where it runs.
         thresholds: calibrated confidence from which a box is worth showing, by label.
-        calibration: what makes confidences mean what they say, by label.
+        calibration: curves that calibrate confidences, by label.
     """
 
     def __init__(
@@ -94,76 +88,56 @@ class Detector:
     def pretrained(
         cls, preset: Preset, labels: Sequence[str], weights: str, device: torch.device
     ) -> Detector:
-        """A detector that has learned nothing of its labels yet.
+        """Makes a detector that has not been trained on its labels yet.
 
-        COCO's labels of the same name start from what COCO's weights know of them.
+        Labels that the published weights know by the same name start from their rows.
 
         Args:
-            preset: what to build.
-            labels: names of what it is to find.
-            weights: `auto`, `none` or a file; see `zoo.load_weights`.
+            preset: the preset to build.
+            labels: names of the labels to find.
+            weights: `auto`, `none` or a file; see `Architecture.pretrained`.
             device: where it runs.
 
         Raises:
-            ValueError: the file of weights does not fit.
+            WeightsError: the file of weights does not fit.
         """
-        outputs = len(labels) + 1
-        known = coco_labels(preset)
-        if weights == "auto" and known is not None:
-            donor = build(preset, len(known) + 1)
-            loaded = load_weights(donor, preset, weights, len(known) + 1)
-            if loaded.kind == "coco":
-                module = build(preset, outputs)
-                state = transfer(donor.state_dict(), module.state_dict(), known, tuple(labels))
-                module.load_state_dict(state)
-                return cls(preset, labels, module, loaded, device)
-            return cls(preset, labels, build(preset, outputs), loaded, device)
-        module = build(preset, outputs)
-        loaded = load_weights(module, preset, weights, outputs)
+        module, loaded = preset.architecture.pretrained(tuple(labels), weights)
         return cls(preset, labels, module, loaded, device)
 
     @classmethod
     def coco(cls, preset: Preset, device: torch.device) -> Detector | None:
-        """COCO's detector with COCO's names, where its weights can be had; None otherwise."""
-        known = coco_labels(preset)
-        if known is None:
+        """Makes the detector of COCO's labels; None where its weights cannot be had."""
+        known, published = preset.architecture.published_labels, preset.architecture.published()
+        if known is None or published is None:
             return None
-        module = build(preset, len(known) + 1)
-        loaded = load_weights(module, preset, "auto", len(known) + 1)
-        return cls(preset, known, module, loaded, device) if loaded.kind == "coco" else None
+        return cls(preset, known, *published, device)
 
     def with_labels(self, labels: Sequence[str]) -> Detector:
-        """The same detector for other labels: those in both are kept, new ones know nothing."""
-        module = build(self.preset, len(labels) + 1)
-        state = transfer(
-            self.module.state_dict(),
-            module.to(self.device).state_dict(),
-            self.labels,
-            tuple(labels),
-        )
-        module.load_state_dict(state)
+        """Makes a copy for other labels: labels in both are kept, new ones start anew."""
+        module = self.preset.architecture.with_labels(self.module, self.labels, tuple(labels))
         thresholds = {k: v for k, v in self.thresholds.items() if k in labels}
         calibration = {k: v for k, v in self.calibration.items() if k in labels}
         return Detector(
             self.preset, labels, module, self.weights, self.device, thresholds, calibration
         )
 
-    def prepare(self, image: Image.Image | np.ndarray[Any, Any]) -> Prepared:
-        """Shrinks an image that is far larger than what the network looks at.
+    def shrink_and_perturb(self) -> None:
+        """Prepares the network to be trained on; see `Architecture.shrink_and_perturb`."""
+        self.preset.architecture.shrink_and_perturb(self.module)
+
+    def prepare(
+        self,
+        image: Image.Image | np.ndarray[Any, Any],
+        *,
+        size: tuple[int, int] | None = None,
+    ) -> Prepared:
+        """Reduces an image that is far larger than the size at which the network sees images.
 
         Args:
             image: RGB, uint8: a Pillow image or an `[H, W, 3]` array.
+            size: width and height of the original in pixels, where `image` is a reduced copy.
         """
-        picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-        most = self.preset.max_size
-        factor = max(1, max(picture.size) // (_ENOUGH * most))
-        pixels = np.array(picture.reduce(factor), np.uint8)
-        # The network shrinks it once more: of a strip a few pixels wide nothing would be left.
-        least = max(pixels.shape[:2]) // most + 1
-        lacking = [max(0, least - side) for side in pixels.shape[:2]]
-        if any(lacking):
-            pixels = np.pad(pixels, [(0, lacking[0]), (0, lacking[1]), (0, 0)], mode="edge")
-        return Prepared(pixels, picture.size, factor)
+        return prepare(self.preset, image, size=size)
 
     @torch.inference_mode()
     def predict(
@@ -176,26 +150,23 @@ class Detector:
 
         Args:
             images: RGB, uint8, any sizes: Pillow images, `[H, W, 3]` arrays, or prepared ones.
-            floor: boxes of which the network is less sure are left out.
+            floor: boxes with a lower confidence of the network are left out.
 
         Returns:
-            For each image its detections, most confident first, in its own pixels, confidences
-            calibrated; and its embedding.
+            For each image its detections, most confident first, in pixels of the original image,
+            with calibrated confidences; and its embedding.
         """
         if not images:
             return []
         prepared = [i if isinstance(i, Prepared) else self.prepare(i) for i in images]
         tensors = [self._to_tensor(image.pixels) for image in prepared]
-        with (
-            embeddings_of(self.module) as seen,
-            torch.autocast(
-                self.device.type, dtype=torch.float16, enabled=self.device.type == "cuda"
-            ),
+        with torch.autocast(
+            self.device.type, dtype=torch.float16, enabled=self.device.type == "cuda"
         ):
-            outputs = self.module(tensors)
+            outputs = self.preset.architecture.detect(self.module, tensors, self.preset.input_size)
         return [
-            self._detections(output, floor, seen.rows[i] if seen.rows else None, image)
-            for i, (output, image) in enumerate(zip(outputs, prepared, strict=True))
+            self._detections(output, floor, image)
+            for output, image in zip(outputs, prepared, strict=True)
         ]
 
     def save(self, folder: Path) -> None:
@@ -224,7 +195,7 @@ class Detector:
             card = json.loads((folder / _CARD).read_text(encoding="utf-8"))
             preset = preset_named(card["preset"], device)
             labels = tuple(card["labels"])
-            module = build(preset, len(labels) + 1)
+            module = preset.architecture.build(len(labels))
             module.load_state_dict(load_file(folder / _WEIGHTS))
             return cls(
                 preset,
@@ -250,26 +221,46 @@ class Detector:
         tensor = torch.from_numpy(pixels).permute(2, 0, 1)
         return tensor.to(self.device, non_blocking=True).float().div_(255)
 
-    def _detections(
-        self,
-        output: dict[str, torch.Tensor],
-        floor: float,
-        embedding: FloatArray | None,
-        image: Prepared,
-    ) -> Detections:
-        labels = output["labels"].cpu().numpy() - 1
-        scores = output["scores"].float().cpu().numpy()
-        boxes = output["boxes"].float().cpu().numpy()
-        # Back to the image's own pixels, and within it.
-        boxes = np.minimum(boxes * image.factor, np.array(image.size * 2, np.float32))
-        # Output 0 is nobody's label; a box without an area shows nothing.
+    def _detections(self, output: Found, floor: float, image: Prepared) -> Detections:
+        labels = output.labels.cpu().numpy()
+        scores = output.scores.float().cpu().numpy()
+        boxes = output.boxes.float().cpu().numpy()
+        # Back to the original's pixels, and within it.
+        boxes = np.minimum(
+            boxes * np.array(image.factor * 2, np.float32), np.array(image.size * 2, np.float32)
+        )
+        # A box without an area shows nothing.
         area = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-        keep = (labels >= 0) & (scores >= floor) & area
+        keep = (scores >= floor) & area
         found = Detections(
             boxes[keep].astype(np.float32),
             scores[keep].astype(np.float32),
             labels[keep].astype(np.int64),
-            embedding,
+            output.embedding,
             image.size,
         )
         return calibrate(found.ranked(), self.labels, self.calibration)
+
+
+def prepare(
+    preset: Preset,
+    image: Image.Image | np.ndarray[Any, Any],
+    *,
+    size: tuple[int, int] | None = None,
+) -> Prepared:
+    """Reduces an image for detectors of a preset, as `Detector.prepare` does."""
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    factor = max(1, max(picture.size) // preset.longest_side)
+    reduced = picture.reduce(factor)
+    pixels = np.array(reduced, np.uint8)
+    original = size if size is not None else picture.size
+    if size is None or size == picture.size:
+        scale: tuple[float, float] = (factor, factor)
+    else:
+        scale = (original[0] / reduced.width, original[1] / reduced.height)
+    # The network shrinks it once more: of a strip a few pixels wide nothing would be left.
+    least = max(pixels.shape[:2]) // preset.max_size + 1
+    lacking = [max(0, least - side) for side in pixels.shape[:2]]
+    if any(lacking):
+        pixels = np.pad(pixels, [(0, lacking[0]), (0, lacking[1]), (0, 0)], mode="edge")
+    return Prepared(pixels, original, scale)

@@ -1,22 +1,32 @@
-"""Which device detectors run on. A GPU that is there and cannot be used is never passed over."""
+"""Chooses the device that detectors run on. A GPU that fails is an error, never passed over."""
 
 from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
 
 class DeviceError(RuntimeError):
-    """The device asked for cannot be used; the text says why, and the remedy."""
+    """The device asked for cannot be used; the text says why."""
+
+
+class DevicesTaken(DeviceError):
+    """Other processes own every GPU.
+
+    Attributes:
+        count: number of GPUs.
+    """
+
+    def __init__(self, message: str, count: int) -> None:
+        super().__init__(message)
+        self.count = count
 
 
 def resolve_device(requested: str) -> torch.device:
-    """The device that a setting names.
+    """Finds the device that a name stands for.
 
     Args:
         requested: `auto` (CUDA where there is a usable GPU, or else the CPU), `cpu`, `cuda` (of
@@ -31,14 +41,12 @@ def resolve_device(requested: str) -> torch.device:
     if requested == "auto" and not usable:
         if _gpu_seems_present():
             raise DeviceError(
-                f"there is an NVIDIA GPU, but PyTorch cannot use it ({_why_not()}): mend that, "
-                "or set ML_BACKEND_DEVICE=cpu to run without it"
+                f"there is an NVIDIA GPU, but PyTorch cannot use it ({_why_not()}): mend that"
             )
         return torch.device("cpu")
     if not usable:
         raise DeviceError(
-            f"{requested} was asked for and PyTorch cannot use a GPU ({_why_not()}): mend that, "
-            "or set ML_BACKEND_DEVICE=cpu"
+            f"{requested} was asked for and PyTorch cannot use a GPU ({_why_not()}): mend that"
         )
     count = torch.cuda.device_count()
     if requested in {"auto", "cuda"}:
@@ -47,67 +55,18 @@ def resolve_device(requested: str) -> torch.device:
     else:
         device = torch.device(requested)
     if device.index >= count:
-        raise DeviceError(
-            f"{requested} was asked for and there are {count} GPUs, numbered from 0: "
-            "change ML_BACKEND_DEVICE"
-        )
+        raise DeviceError(f"{requested} was asked for and there are {count} GPUs, numbered from 0")
     try:
         torch.zeros(1, device=device)
     except RuntimeError as error:
         raise DeviceError(
-            f"{requested}: the GPU is there and fails ({error}): mend that, or set "
-            "ML_BACKEND_DEVICE=cpu"
+            f"{requested}: the GPU is there and fails ({error}): mend that"
         ) from error
     return device
 
 
-def serving_devices(requested: str) -> list[torch.device]:
-    """The devices that the server's processes may own, by the same setting.
-
-    Raises:
-        DeviceError: as `resolve_device`.
-    """
-    device = resolve_device(requested)
-    if device.type == "cuda" and requested in {"auto", "cuda"}:
-        return [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    return [device]
-
-
-def own_device(devices: Sequence[torch.device], folder: Path) -> torch.device:
-    """Makes one of several GPUs this process's own, for as long as it lives; a CPU is shared.
-
-    Two processes on one GPU only slow each other, and hold the models twice.
-
-    Args:
-        devices: of which one is wanted.
-        folder: holds the lock files, common to the processes that compete.
-
-    Raises:
-        DeviceError: other processes own them all.
-    """
-    for device in devices:
-        if device.type == "cpu":
-            return device
-        lock = FileLock(folder / f"cuda-{device.index}.lock", blocking=False)
-        try:
-            lock.acquire()
-        except Timeout:
-            continue
-        # Kept: the lock ends with the object, and so would the ownership.
-        _OWNED.append(lock)
-        return device
-    names = ", ".join(map(str, devices))
-    raise DeviceError(
-        f"{names}: another process serves on {'it' if len(devices) == 1 else 'each of them'}; set "
-        f"WORKERS={len(devices)}, one for each GPU, and start one server"
-    )
-
-
-_OWNED: list[FileLock] = []
-
-
 def describe_device(device: torch.device) -> dict[str, str]:
-    """Name and memory of a device, for people."""
+    """Describes a device for people: its name and memory."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return {
@@ -116,6 +75,13 @@ def describe_device(device: torch.device) -> dict[str, str]:
             "memory": f"{properties.total_memory / 2**30:.0f} GiB",
         }
     return {"device": "cpu", "name": platform.processor() or platform.machine()}
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Tells whether bfloat16 saves time: on current GPUs, and on CPUs with AMX matrix units."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    return bool(torch.cpu.get_capabilities().get("amx_tile", False))
 
 
 def _gpu_seems_present() -> bool:

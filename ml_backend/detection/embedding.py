@@ -1,8 +1,8 @@
-"""What an image looks like to a detector's own backbone, as a short vector."""
+"""Makes a short vector of an image from the last features of a detector's trunk."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,36 +12,33 @@ from torch import Tensor, nn
 from ml_backend.detection.types import FloatArray
 
 DIMENSIONS = 64
-"""Of an embedding: enough to keep distances (Johnson and Lindenstrauss, 1984) of large trunks."""
+"""Length of an embedding: enough to keep distances (Johnson and Lindenstrauss, 1984)."""
 
 
 class Embeddings:
     """The embeddings of the images of one forward pass.
 
+    Args:
+        sizes: height and width in pixels of each image, before the batch was padded.
+
     Attributes:
         rows: for each image float32 `[DIMENSIONS]`, unit length, once the pass is through; empty
-            where the module shows no backbone.
+            where there is no trunk.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: Sequence[tuple[int, int]]) -> None:
         self.rows: list[FloatArray] = []
-        self._sizes: list[tuple[int, int]] = []
-        self._padded: tuple[int, int] = (1, 1)
+        self._sizes = sizes
 
-    def see_images(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        """Hook on the detector's transform: how large each image is on the padded canvas."""
-        images = output[0]
-        self._sizes = list(images.image_sizes)
-        self._padded = tuple(images.tensors.shape[-2:])
-
-    def see_features(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        """Hook on the trunk: pools each image's own part of the last features."""
+    def pool(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        """Pools each image's own part of the last features: a forward hook of the trunk."""
         features = list(output.values())[-1] if isinstance(output, Mapping) else output
         assert isinstance(features, Tensor)
+        height, width = inputs[0].shape[-2:]
         pooled = []
-        for row, (height, width) in zip(features.float(), self._sizes, strict=True):
-            down = -(-height * row.shape[-2] // self._padded[0])
-            right = -(-width * row.shape[-1] // self._padded[1])
+        for row, (own_height, own_width) in zip(features.float(), self._sizes, strict=True):
+            down = -(-own_height * row.shape[-2] // height)
+            right = -(-own_width * row.shape[-1] // width)
             # Without the padding, which depends on the other images of the batch.
             pooled.append(row[:, :down, :right].mean(dim=(1, 2)))
         rows = torch.stack(pooled).cpu() @ _projection(features.shape[1])
@@ -49,29 +46,27 @@ class Embeddings:
 
 
 @contextmanager
-def embeddings_of(module: nn.Module) -> Iterator[Embeddings]:
-    """Watches the forward pass of a detector in torchvision's protocol.
+def embeddings_of(
+    trunk: nn.Module | None, sizes: Sequence[tuple[int, int]]
+) -> Iterator[Embeddings]:
+    """Collects the embeddings of the images that pass a trunk within the block.
 
     Args:
-        module: with a `transform`, and a `backbone` whose `body`, where it has one, is the trunk,
-            as torchvision's detectors have. One without them has no embeddings.
+        trunk: maps the padded batch `[B, 3, H, W]` to features `[B, C, h, w]`, or to a mapping
+            whose last value they are; None for no embeddings.
+        sizes: height and width in pixels of each image, before the batch was padded.
     """
-    seen = Embeddings()
-    backbone, transform = getattr(module, "backbone", None), getattr(module, "transform", None)
-    hooks = []
-    if isinstance(backbone, nn.Module) and isinstance(transform, nn.Module):
-        hooks.append(transform.register_forward_hook(seen.see_images))
-        trunk = getattr(backbone, "body", backbone)
-        hooks.append(trunk.register_forward_hook(seen.see_features))
+    seen = Embeddings(sizes)
+    hook = trunk.register_forward_hook(seen.pool) if trunk is not None else None
     try:
         yield seen
     finally:
-        for hook in hooks:
+        if hook is not None:
             hook.remove()
 
 
 def _projection(channels: int) -> Tensor:
-    """The same random directions each time."""
+    """Draws the same random directions each time."""
     random = torch.Generator().manual_seed(channels)
     directions: Tensor = torch.randn(channels, DIMENSIONS, generator=random) / DIMENSIONS**0.5
     return directions

@@ -1,8 +1,8 @@
-"""How good detections are: average precision, intervals, paired comparisons, thresholds.
+"""Measures detections: average precision, intervals, paired comparisons, agreement.
 
 Average precision is COCO's (101 recall points; pycocotools), computed from detections that are
-matched to boxes once for each image: resampling images then costs no matching, which is what no
-library offers. The tests hold it against faster-coco-eval.
+matched to boxes once for each image, so that resampling images costs no matching; no library
+offers this. The tests compare the results with faster-coco-eval.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ THRESHOLDS = tuple(float(t) for t in np.arange(0.5, 1.0, 0.05).round(2))
 """IoU thresholds of COCO's mean average precision."""
 _RECALLS = np.linspace(0, 1, 101)
 MOST = 100
-"""Detections of an image and class that count, as in COCO."""
+"""Detections of an image and class that count at most, as in COCO."""
 
 _Floats = npt.NDArray[np.float64]
 _Bools = npt.NDArray[np.bool_]
@@ -114,8 +114,8 @@ def evaluate(
     """Measures detections against samples, image by image in the same order.
 
     Args:
-        predictions: what was found, down to a low confidence.
-        samples: what is there.
+        predictions: for each sample the detections, down to a low confidence.
+        samples: the annotated images.
         labels: label names.
     """
     matched = _Matched(predictions, samples, len(labels))
@@ -145,7 +145,7 @@ def bootstrap_interval(
     rounds: int = 300,
     level: float = 0.9,
 ) -> Interval:
-    """Interval of the mean AP50: percentile bootstrap over images (Efron, 1979)."""
+    """Computes the interval of the mean AP50: percentile bootstrap over images (Efron, 1979)."""
     matched = _Matched(predictions, samples, len(labels))
     random = np.random.default_rng(seed)
     values = [
@@ -169,9 +169,9 @@ def compare(
     """Compares two detectors on the same images: both see the same resamples.
 
     Args:
-        a: what one found.
-        b: what the other found, which it is compared with.
-        samples: what is there.
+        a: for each sample the detections of A.
+        b: for each sample the detections of B.
+        samples: the annotated images.
         labels: label names.
         known: labels that B knows; all where not given.
         seed: of the resamples.
@@ -210,9 +210,10 @@ def compare(
 def hits_of(
     predictions: Sequence[Detections], samples: Sequence[Sample], classes: int
 ) -> list[_Bools]:
-    """For each image, which detections are right, bool `[N]`.
+    """Tells for each image which detections are right, bool `[N]`.
 
-    Those are, most confident first, that overlap a box of their class with an IoU of 0.5.
+    A detection is right if it overlaps a box of its class, not taken by a more confident one, with
+    an IoU of 0.5.
     """
     answer: list[_Bools] = []
     for found, sample in zip(predictions, samples, strict=True):
@@ -225,14 +226,14 @@ def hits_of(
 
 
 def agreement(a: Sequence[Detections], b: Sequence[Detections]) -> float:
-    """How alike what two detectors show is: F1 of one against the other, at IoU 0.5.
+    """Measures how alike the boxes are that two detectors show: F1 at IoU 0.5.
 
     Args:
         a: boxes that are shown, image by image, labels as indices into the same names.
         b: the other's, of the same images.
 
     Returns:
-        1 where each box of one has its like in the other, and where neither shows any.
+        1 where each box of one matches one of the other, and where neither shows any.
     """
     alike = boxes = 0
     for one, other in zip(a, b, strict=True):

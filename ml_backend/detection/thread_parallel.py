@@ -1,8 +1,8 @@
-"""One step of a small detector by several threads, each on its share of the batch.
+"""Computes one training step of a small detector with several threads, on shares of the batch.
 
 A small network gains nothing from more threads inside one operation, and loses much where other
 processes run: on two cores a step of the `tiny` preset took 0.40 s with one thread, 0.64 s with
-two. Two replicas of one thread each, whose weights share memory, took 0.25 s.
+two. Two copies of one thread each, whose weights share memory, took 0.25 s.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ml_backend.detection.architectures.base import Architecture, Target
 from ml_backend.detection.augment import Example
 
 
 @contextmanager
 def threads_inside(count: int | None) -> Iterator[None]:
-    """Sets the threads that one operation uses on the CPU, and puts them back."""
+    """Sets the threads that one operation uses on the CPU, and restores the number afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -29,17 +30,21 @@ def threads_inside(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class Replicas:
-    """Losses and gradients of a module, computed by several threads on a CPU, by one on a GPU.
+class ThreadDataParallel:
+    """Computes losses and gradients of a module with several threads on a CPU, one on a GPU.
 
     Args:
-        module: a detector in torchvision's protocol; its gradients are what comes out.
+        architecture: computes the losses.
+        module: receives the gradients.
         count: threads.
-        half: whether bfloat16 is used where it serves.
+        bfloat16: whether the forward pass uses bfloat16 where that serves.
     """
 
-    def __init__(self, module: nn.Module, count: int, *, half: bool) -> None:
-        self._half = half
+    def __init__(
+        self, architecture: Architecture, module: nn.Module, count: int, *, bfloat16: bool
+    ) -> None:
+        self._architecture = architecture
+        self._bfloat16 = bfloat16
         self._modules = [module] + [copy.deepcopy(module) for _ in range(count - 1)]
         for replica in self._modules[1:]:
             for own, shared in zip(replica.parameters(), module.parameters(), strict=True):
@@ -71,10 +76,15 @@ class Replicas:
     ) -> float:
         images = [example.image.to(device).float().div_(255) for example in examples]
         targets = [
-            {"boxes": e.boxes.to(device), "labels": e.labels.to(device) + 1} for e in examples
+            Target(
+                e.boxes.to(device),
+                e.labels.to(device),
+                None if e.masks is None else e.masks.to(device),
+            )
+            for e in examples
         ]
-        with torch.autocast(device.type, torch.bfloat16, enabled=self._half):
-            losses: dict[str, Tensor] = module(images, targets)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self._bfloat16):
+            losses = self._architecture.losses(module, images, targets)
             loss = torch.stack([value.float() for value in losses.values()]).sum() / parts
         module.zero_grad(set_to_none=True)
         if torch.isfinite(loss):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,39 +15,40 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torchvision.transforms.v2 import functional as F  # noqa: N812
 
 from ml_backend.detection.augment import Augmentation, Example
-from ml_backend.detection.decoding import MAX_PIXELS, UndecodableImage, decode_image
-from ml_backend.detection.detector import Detector
+from ml_backend.detection.decoding import MAX_PIXELS, UndecodableImage, image_size
+from ml_backend.detection.detector import Detector, Prepared
+from ml_backend.detection.device import has_fast_bfloat16
 from ml_backend.detection.evaluation import evaluate
+from ml_backend.detection.loading import (
+    AugmentedImages,
+    CachedImages,
+    EndlessBatches,
+    cache_capacity,
+    loading_workers,
+    read_example,
+    read_prepared,
+    training_batches,
+)
+from ml_backend.detection.prediction import predict_images
 from ml_backend.detection.presets import Preset
-from ml_backend.detection.thread_parallel import Replicas, threads_inside
+from ml_backend.detection.schedule import Schedule, adam, moving_average, steps_for
+from ml_backend.detection.thread_parallel import ThreadDataParallel, threads_inside
 from ml_backend.detection.types import Sample
+from ml_backend.reasons import Code, Reason, reason
 
 _log = logging.getLogger(__name__)
 
-WARM_UP = 0.08
-"""Share of the steps in which the learning rate rises."""
-TRUNK_RATE = 0.5
-"""Learning rate of a pretrained trunk, relative to the rest."""
-SCRATCH_RATE = 2.0
-"""Learning rate where nothing is pretrained, relative to the preset's."""
-MEMORY = 0.99
-"""Decay of the average of the weights, per step."""
-FEW_STEPS = 200
-"""Steps in which a pretrained detector learns the first images: from 10 photographs of blood cells
-it reached a mean AP50 of 0.73 after 200 steps, and of 0.74 after 400."""
-STEPS_PER_IMAGE = 10
-"""Steps more for each further image, up to the preset's."""
 EVALUATIONS = 10
-"""Times that a training looks at its validation samples."""
+"""Times that a training measures its validation samples."""
 PATIENCE = 4
-"""Looks without a better result after which it ends, once half of it is done."""
+"""Evaluations without a better result after which a training ends, once half of it is done."""
 STATISTICS_OF = 4
 """Images that a batch normalisation needs to see together, where it learns its statistics."""
-CACHE_BYTES = 2 * 2**30
-"""Decoded images kept in memory at most."""
+_GRADIENT_NORM = 5.0
+_VALIDATION_SHARE = 0.2
+"""Share of the memory for decoded images that validation images take."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -60,31 +61,34 @@ class NothingToLearn(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a training is.
+    """The progress of a training.
 
     Attributes:
-        fraction: done, in `[0, 1]`.
+        fraction: done, in `[0, 1]`; 0 while images are read.
         epoch: passes over the samples so far.
-        loss: running mean.
-        message: in words.
+        loss: running mean; NaN before the first step.
+        stage: what is being done.
     """
 
     fraction: float
     epoch: float
     loss: float
-    message: str
+    stage: Reason
+
+
+OnProgress = Callable[[Progress], None]
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingResult:
-    """What a training led to.
+    """The result of a training.
 
     Attributes:
-        detector: the best, or last, weights.
+        detector: with the best weights on the validation samples, or else the last.
         epochs: passes over the samples.
         steps: optimiser steps.
-        seconds: it took.
-        batch_size: in the end.
+        seconds: wall-clock time, with reading the images.
+        batch_size: in the end; out of memory, it was halved.
         stopped: why it ended.
         history: `(fraction, mean AP50)` on the validation samples.
     """
@@ -111,53 +115,112 @@ def train(
     budget_seconds: float,
     threads: int | None = None,
     max_pixels: int = MAX_PIXELS,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> TrainingResult:
     """Trains a detector.
 
     AdamW under a cosine schedule with warm-up, gradients clipped, an exponential moving average
-    of the weights. The schedule follows steps or time, whichever is further, so that it ends
-    gently within the budget.
+    of the weights. The schedule follows steps or time, whichever is further, so that the learning
+    rate reaches its end within the budget.
 
     Args:
-        preset: what to build.
+        preset: the preset to build.
         labels: label names; the samples' labels are indices into them.
         samples: to learn from.
         validation: where given, the weights that do best on them are kept, and the training ends
             early when they no longer improve.
-        start: a detector of the preset to start from, shrunk and perturbed (Ash and Adams, 2020),
-            instead of
+        start: a detector of the preset to start from, shrunk and perturbed, instead of
         weights: the preset's: `auto`, `none` or a file.
         device: where to train.
-        seed: of everything random.
-        budget_seconds: wall-clock seconds that it may take.
+        seed: of all random numbers.
+        budget_seconds: wall-clock seconds that the steps and evaluations may take. The budget
+            begins with the first step, when its batch is loaded: reading images is not counted.
         threads: CPU threads, all where not given.
         max_pixels: samples whose images are larger are left out.
-        on_progress: called after every step; may raise to stop.
+        on_progress: called after every image that is read, every step, and every batch that is
+            measured; may raise to stop.
 
     Raises:
         NothingToLearn: no sample's image can be decoded.
         TrainingDiverged: the loss became NaN.
-        ValueError: the file of weights does not fit.
+        WeightsError: the file of weights does not fit.
     """
     began = time.monotonic()
     torch.manual_seed(seed)
     if start is None:
         detector = Detector.pretrained(preset, labels, weights, device)
     else:
-        detector = _shrink_and_perturb(start.with_labels(labels))
+        detector = start.with_labels(labels)
+        detector.shrink_and_perturb()
     threads = threads or torch.get_num_threads()
-    deadline = began + budget_seconds
-    images = _Images(samples, preset.max_size, max_pixels)
-    run = _Run(detector, images, validation, seed, deadline, threads, on_progress)
+    tell = on_progress if on_progress is not None else _tell_nobody
+    data = _read(preset, samples, validation, device, threads, max_pixels, tell)
+    run = _Run(detector, data, seed, budget_seconds, threads, tell)
     try:
         with threads_inside(run.threads_inside):
-            return _go(run, began)
+            return _with_smaller_batches(run, began)
     finally:
         run.close()
 
 
-def _go(run: _Run, began: float) -> TrainingResult:
+def _tell_nobody(progress: Progress) -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class _Data:
+    images: CachedImages[Example]
+    validation: CachedImages[Prepared]
+    shape: tuple[float, float]
+
+
+def _read(
+    preset: Preset,
+    samples: Sequence[Sample],
+    validation: Sequence[Sample],
+    device: torch.device,
+    threads: int,
+    max_pixels: int,
+    tell: OnProgress,
+) -> _Data:
+    """Reads the images that fit into memory; the others are read when their turn comes."""
+    readable: list[Sample] = []
+    sizes: list[tuple[int, int]] = []
+    for sample in samples:
+        try:
+            size = image_size(sample.image, max_pixels=max_pixels)
+        except (UndecodableImage, OSError) as error:
+            _log.warning("%s is left out of the training: %s", sample.key, error)
+        else:
+            readable.append(sample)
+            sizes.append(size)
+        tell(Progress(0.0, 0.0, math.nan, reason(Code.READING_IMAGES, done=0, total=len(samples))))
+    capacity = cache_capacity()
+    images = CachedImages(
+        readable,
+        functools.partial(read_example, longest=preset.longest_side, max_pixels=max_pixels),
+        capacity=int((1 - _VALIDATION_SHARE) * capacity),
+    )
+    held = CachedImages(
+        validation,
+        functools.partial(read_prepared, preset=preset, max_pixels=max_pixels),
+        capacity=int(_VALIDATION_SHARE * capacity),
+    )
+
+    def on_read(done: int, total: int) -> None:
+        tell(Progress(0.0, 0.0, math.nan, reason(Code.READING_IMAGES, done=done, total=total)))
+
+    readers = max(threads, loading_workers(device, threads))
+    images.fill(threads=readers, leave_out=True, on_read=on_read)
+    held.fill(threads=readers, leave_out=False, on_read=on_read)
+    if not len(images):
+        raise NothingToLearn(f"none of the {len(samples)} images can be decoded")
+    width, height = np.median(np.array(sizes), axis=0).tolist()
+    return _Data(images, held, (height, width))
+
+
+def _with_smaller_batches(run: _Run, began: float) -> TrainingResult:
+    """Runs a training; each time that memory runs out, it goes on with half the batch."""
     while True:
         try:
             return run.go(began)
@@ -171,40 +234,48 @@ def _go(run: _Run, began: float) -> TrainingResult:
 
 
 class _Run:
-    """One training's state; it outlives a batch that was too large."""
+    """The state of one training, which survives a batch that was too large."""
 
     def __init__(
         self,
         detector: Detector,
-        images: _Images,
-        validation: Sequence[Sample],
+        data: _Data,
         seed: int,
-        deadline: float,
+        budget: float,
         threads: int,
-        on_progress: Callable[[Progress], None] | None,
+        tell: OnProgress,
     ) -> None:
         preset = detector.preset
         self.detector = detector
         self.batch_size = preset.batch_size
-        self._validation = validation
-        self._deadline = deadline
-        self._tell = on_progress
-        self._images = images
-        self._pretrained = detector.weights.kind != "none"
-        self._loader = _Loader(self._images, preset, seed, detector.device, strong=self._pretrained)
-        self._module = detector.module.train()
-        self._module.transform._skip_resize = True  # type: ignore[union-attr]
-        if self._pretrained:
-            _freeze_statistics(self._module)
-        share = 1 if self._pretrained else STATISTICS_OF
-        replicas = max(1, min(threads, preset.batch_size // share))
-        if detector.device.type != "cpu":
-            replicas = 1
+        self._data = data
+        self._seed = seed
+        self._tell = tell
         self._threads = threads
-        self.threads_inside = threads // replicas
-        self._replicas = Replicas(self._module, replicas, half=_half(detector.device))
-        self._average = AveragedModel(self._module, avg_fn=_average, use_buffers=True)
-        self._optimizer = _optimizer(self._module, preset, self._pretrained)
+        self._pretrained = detector.weights.kind != "none"
+        canvas = preset.architecture.canvas(*data.shape, preset.input_size)
+        augment = Augmentation(*canvas, strong=self._pretrained)
+        self._images = AugmentedImages(data.images, augment, seed)
+        self._module = detector.module.train()
+        if self._pretrained:
+            preset.architecture.freeze_statistics(self._module)
+        share = 1 if self._pretrained else STATISTICS_OF
+        copies = max(1, min(threads, preset.batch_size // share))
+        if detector.device.type != "cpu":
+            copies = 1
+        self.threads_inside = threads // copies
+        self._parallel = ThreadDataParallel(
+            preset.architecture,
+            self._module,
+            copies,
+            bfloat16=has_fast_bfloat16(detector.device),
+        )
+        self._average = AveragedModel(self._module, avg_fn=moving_average, use_buffers=True)
+        self._optimizer = adam(self._module, preset, pretrained=self._pretrained)
+        self._schedule = Schedule(self._optimizer)
+        # Evaluating, or making the last weights ready, comes after the last step.
+        self._stepping = budget * (0.9 if len(data.validation) else 0.97)
+        self._first_step_at: float | None = None
         self._step = 0
         self._seen = 0
         self._loss = math.nan
@@ -213,47 +284,39 @@ class _Run:
         self._since_best = 0
 
     def go(self, began: float) -> TrainingResult:
-        preset = self.detector.preset
-        # A step's worth of images stays the same when the batch was halved.
-        images = len(self._images)
-        # Few images are soon learned, if there was anything to begin with.
-        few = FEW_STEPS + STEPS_PER_IMAGE * images if self._pretrained else preset.steps
-        steps = max(min(preset.steps, few), math.ceil(preset.epochs * images / preset.batch_size))
-        started = time.monotonic()
+        """Trains to the end; after a batch that was too large, from the step where it was."""
+        images = self._data.images
+        steps = steps_for(self.detector.preset, len(images), pretrained=self._pretrained)
         first = self._step
-        time_left = max(0.0, self._deadline - started) * (0.9 if self._validation else 0.97)
         stopped: Literal["finished", "budget", "early stop"] = "finished"
-        base = [group["lr"] for group in self._optimizer.param_groups]
-        fraction = 0.0
-        next_look = 1 / EVALUATIONS
-        for batch in self._loader.batches(lambda: self.batch_size):
-            elapsed = time.monotonic() - started
-            by_time = elapsed / time_left if time_left else 1.0
-            fraction = max(self._step / steps, by_time)
+        next_evaluation = 1 / EVALUATIONS
+        batches = training_batches(
+            self._images,
+            EndlessBatches(len(images), self.batch_size, self._seed),
+            workers=loading_workers(self.detector.device, self._threads),
+        )
+        for batch in batches:
+            fraction = max(self._step / steps, self._share_of_time())
             if fraction >= 1 and self._step > first:
                 stopped = "budget" if self._step < steps else "finished"
                 break
-            rate = _schedule(min(fraction, 1.0))
-            for group, peak in zip(self._optimizer.param_groups, base, strict=True):
-                group["lr"] = peak * rate
-            try:
-                self._learn(batch)
-            finally:
-                for group, peak in zip(self._optimizer.param_groups, base, strict=True):
-                    group["lr"] = peak
-            self._report(fraction)
-            if self._validation and fraction >= next_look:
-                next_look = fraction + 1 / EVALUATIONS
-                self._look(fraction)
+            self._schedule.set(fraction)
+            self._learn(batch)
+            stage = reason(Code.TRAINING, epoch=self._epoch, loss=self._loss)
+            self._report(fraction, stage)
+            if len(self._data.validation) and fraction >= next_evaluation:
+                next_evaluation = fraction + 1 / EVALUATIONS
+                self._evaluate(fraction)
                 if self._since_best >= PATIENCE and fraction > 0.5:
                     stopped = "early stop"
                     break
-        if self._validation and stopped != "early stop":
-            self._look(1.0)
+        batches.close()
+        if len(self._data.validation) and stopped != "early stop":
+            self._evaluate(1.0)
         self.detector.module = self._finished()
         return TrainingResult(
             detector=self.detector,
-            epochs=round(self._seen / len(self._images), 2),
+            epochs=round(self._epoch, 2),
             steps=self._step,
             seconds=time.monotonic() - began,
             batch_size=self.batch_size,
@@ -263,59 +326,56 @@ class _Run:
 
     def close(self) -> None:
         """Ends its threads."""
-        self._loader.close()
-        self._replicas.close()
+        self._parallel.close()
+
+    @property
+    def _epoch(self) -> float:
+        return self._seen / len(self._data.images)
+
+    def _share_of_time(self) -> float:
+        """Answers the share of the budget that is spent; the clock starts with the first call."""
+        now = time.monotonic()
+        if self._first_step_at is None:
+            self._first_step_at = now
+        return (now - self._first_step_at) / self._stepping if self._stepping > 0 else 1.0
 
     def _learn(self, batch: list[Example]) -> None:
-        loss = self._replicas.backward(batch, self.detector.device)
+        loss = self._parallel.backward(batch, self.detector.device)
         if not math.isfinite(loss):
             raise TrainingDiverged(
                 f"the loss became {loss} after {self._step} steps: a smaller learning rate in "
                 "the preset helps"
             )
-        nn.utils.clip_grad_norm_(self._module.parameters(), 5.0)
+        nn.utils.clip_grad_norm_(self._module.parameters(), _GRADIENT_NORM)
         self._optimizer.step()
         self._average.update_parameters(self._module)
         self._step += 1
         self._seen += len(batch)
         self._loss = loss if math.isnan(self._loss) else 0.9 * self._loss + 0.1 * loss
 
-    def _report(self, fraction: float) -> None:
-        if self._tell is not None:
-            epoch = self._seen / len(self._images)
-            self._tell(
-                Progress(
-                    min(1.0, fraction),
-                    epoch,
-                    self._loss,
-                    f"training: epoch {epoch:.0f}, loss {self._loss:.2f}",
-                )
-            )
+    def _report(self, fraction: float, stage: Reason) -> None:
+        self._tell(Progress(min(1.0, fraction), self._epoch, self._loss, stage))
 
-    def _look(self, fraction: float) -> None:
-        """Measures the averaged weights on the validation samples; keeps the best."""
-        module = self._averaged()
+    def _evaluate(self, fraction: float) -> None:
+        """Measures the averaged weights on the validation samples, and keeps the best."""
         judge = copy.copy(self.detector)
-        judge.module = module
-        found = []
-        size = self.detector.preset.predict_batch
+        judge.module = self._averaged()
+
+        def tell(done: float) -> None:
+            self._report(fraction, reason(Code.MEASURING, stage="holdout", share=done))
+
         with threads_inside(self._threads):
-            for start in range(0, len(self._validation), size):
-                part = self._validation[start : start + size]
-                found += judge.predict(
-                    [decode_image(s.image, max_pixels=self._images.max_pixels) for s in part]
-                )
-        quality = evaluate(found, self._validation, self.detector.labels).map50
+            found = predict_images(judge, self._data.validation, on_progress=tell)
+        quality = evaluate(found, self._data.validation.samples, self.detector.labels).map50
         self._history.append((round(fraction, 3), quality))
         if self._best is None or quality > self._best[0]:
-            self._best = quality, copy.deepcopy(module.state_dict())
+            self._best = quality, copy.deepcopy(judge.module.state_dict())
             self._since_best = 0
         else:
             self._since_best += 1
 
     def _averaged(self) -> nn.Module:
         module: nn.Module = copy.deepcopy(self._average.module)
-        module.transform._skip_resize = False  # type: ignore[union-attr]
         return module.eval()
 
     def _finished(self) -> nn.Module:
@@ -323,149 +383,3 @@ class _Run:
         if self._best is not None:
             module.load_state_dict(self._best[1])
         return module
-
-
-class _Images:
-    """Decoded samples, shrunk to what a step can use; those that fit stay in memory."""
-
-    def __init__(self, samples: Sequence[Sample], max_size: int, max_pixels: int) -> None:
-        self.max_pixels = max_pixels
-        self._size = 2 * max_size
-        self._kept: dict[int, Example] = {}
-        self._bytes = 0
-        self._samples: list[Sample] = []
-        for sample in samples:
-            try:
-                example = self._decode(sample)
-            except (UndecodableImage, OSError) as error:
-                _log.warning("%s is left out of the training: %s", sample.key, error)
-                continue
-            if self._bytes + example.image.numel() <= CACHE_BYTES:
-                self._kept[len(self._samples)] = example
-                self._bytes += example.image.numel()
-            self._samples.append(sample)
-        if not self._samples:
-            raise NothingToLearn(f"none of the {len(samples)} images can be decoded")
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, index: int) -> Example:
-        kept = self._kept.get(index)
-        return kept if kept is not None else self._decode(self._samples[index])
-
-    @property
-    def shape(self) -> tuple[float, float]:
-        """Median height and width."""
-        sizes = np.array([tuple(e.image.shape[-2:]) for e in self._kept.values()] or [(3, 4)])
-        return float(np.median(sizes[:, 0])), float(np.median(sizes[:, 1]))
-
-    def _decode(self, sample: Sample) -> Example:
-        image = decode_image(sample.image, max_pixels=self.max_pixels)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        boxes = torch.from_numpy(sample.boxes.astype(np.float32))
-        labels = torch.from_numpy(sample.labels)
-        shrink = self._size / max(pixels.shape[-2:])
-        if shrink < 1:
-            height, width = (max(1, round(side * shrink)) for side in pixels.shape[-2:])
-            boxes = boxes * torch.tensor([width / pixels.shape[-1], height / pixels.shape[-2]] * 2)
-            pixels = F.resize(pixels, [height, width], antialias=True)
-        return Example(pixels.contiguous(), boxes, labels)
-
-
-class _Loader:
-    """Endless batches, augmented by other threads while the model learns."""
-
-    def __init__(
-        self, images: _Images, preset: Preset, seed: int, device: torch.device, *, strong: bool
-    ) -> None:
-        self._images = images
-        self._seed = seed
-        height, width = images.shape
-        scale = min(preset.min_size / min(height, width), preset.max_size / max(height, width))
-        # A canvas in whole strides: nothing is padded.
-        self._augment = Augmentation(
-            *(max(64, 32 * round(side * scale / 32)) for side in (height, width)), strong=strong
-        )
-        # On a CPU the model takes the cores; one thread only hides the waiting.
-        self._pool = ThreadPoolExecutor(1 if device.type == "cpu" else 8)
-
-    def batches(self, size: Callable[[], int]) -> Iterator[list[Example]]:
-        order = self._order()
-        waiting: list[Future[Example]] = []
-        while True:
-            wanted = size()
-            while len(waiting) < 3 * wanted:
-                waiting.append(self._pool.submit(self._make, *next(order)))
-            batch, waiting = waiting[:wanted], waiting[wanted:]
-            yield [future.result() for future in batch]
-
-    def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def _order(self) -> Iterator[tuple[int, int]]:
-        random = np.random.default_rng(self._seed)
-        number = 0
-        while True:
-            for index in random.permutation(len(self._images)).tolist():
-                yield index, number
-                number += 1
-
-    def _make(self, index: int, number: int) -> Example:
-        random = torch.Generator().manual_seed(hash((self._seed, number)) % 2**31)
-
-        def another() -> Example:
-            return self._images[int(torch.randint(len(self._images), (), generator=random))]
-
-        return self._augment(self._images[index], another, random)
-
-
-def _average(mean: Tensor, new: Tensor, count: Tensor | int) -> Tensor:
-    """Exponential moving average; young ones forget faster, or the first weights would weigh on."""
-    decay = min(MEMORY, (1 + int(count)) / (10 + int(count)))
-    return mean + (new - mean) * (1 - decay)
-
-
-def _schedule(fraction: float) -> float:
-    """Linear warm-up, then half a cosine to a hundredth."""
-    if fraction < WARM_UP:
-        return max(0.01, fraction / WARM_UP)
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (fraction - WARM_UP) / (1 - WARM_UP)))
-
-
-def _optimizer(module: nn.Module, preset: Preset, pretrained: bool) -> torch.optim.Optimizer:
-    trunk: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            (trunk if name.startswith(preset.trunk) else rest).append(parameter)
-    rate = preset.learning_rate * (1.0 if pretrained else SCRATCH_RATE)
-    groups = [
-        {"params": rest, "lr": rate},
-        {"params": trunk, "lr": rate * (TRUNK_RATE if pretrained else 1.0)},
-    ]
-    return torch.optim.AdamW(groups, lr=rate, weight_decay=0.02)
-
-
-def _freeze_statistics(module: nn.Module) -> None:
-    """Batches are small: the pretrained statistics are better than theirs."""
-    for part in module.modules():
-        if isinstance(part, nn.BatchNorm2d):
-            part.eval()
-
-
-def _half(device: torch.device) -> bool:
-    """Whether bfloat16 is native: on current GPUs, and on CPUs that multiply matrices in it."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
-    return bool(torch.cpu._is_amx_tile_supported())
-
-
-def _shrink_and_perturb(detector: Detector, shrink: float = 0.5, noise: float = 0.01) -> Detector:
-    """Ash and Adams (2020): keep half of what was learned, and break its symmetry."""
-    with torch.no_grad():
-        for name, parameter in detector.module.named_parameters():
-            if not name.startswith(detector.preset.trunk) and parameter.ndim > 1:
-                scale = parameter.std() if parameter.numel() > 1 else torch.tensor(1.0)
-                parameter.mul_(shrink).add_(torch.randn_like(parameter) * noise * scale)
-    return detector

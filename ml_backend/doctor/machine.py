@@ -12,6 +12,7 @@ from ml_backend.detection.detector import CorruptDetector, Detector
 from ml_backend.detection.device import DeviceError, describe_device, resolve_device
 from ml_backend.detection.presets import preset_named
 from ml_backend.doctor.finding import Examined, Finding
+from ml_backend.remedies import with_remedy
 from ml_backend.store.artefacts import StoreUnavailable, VersionMissing
 from ml_backend.store.tables import Project
 from ml_backend.training.artefact import load_artefact
@@ -42,7 +43,7 @@ def device(backend: Examined) -> Iterable[Finding]:
     try:
         device = resolve_device(backend.settings.device)
     except DeviceError as error:
-        return [Finding("device", "error", str(error), "or set ML_BACKEND_DEVICE=cpu")]
+        return [Finding("device", "error", with_remedy(error))]
     described = ", ".join(str(value) for value in describe_device(device).values())
     return [Finding("device", "ok", described)]
 
@@ -56,7 +57,7 @@ def weights(backend: Examined) -> Iterable[Finding]:
         preset = preset_named(backend.settings.preset, resolve_device(backend.settings.device))
         loaded = Detector.pretrained(preset, ("object",), backend.settings.weights, device).weights
     except (DeviceError, ValueError, OSError) as error:
-        return [Finding("weights", "error", str(error), "see ML_BACKEND_WEIGHTS")]
+        return [Finding("weights", "error", with_remedy(error), "see ML_BACKEND_WEIGHTS")]
     if loaded.kind == "none":
         return [
             Finding(

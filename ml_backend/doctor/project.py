@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_backend.detection.decoding import UndecodableImage
 from ml_backend.detection.device import DeviceError, resolve_device
-from ml_backend.detection.presets import coco_labels, preset_named
+from ml_backend.detection.presets import preset_named
 from ml_backend.doctor.finding import Examined, Finding
 from ml_backend.label_studio.client import GUARD, Forbidden, LabelStudioClient, LabelStudioError
 from ml_backend.label_studio.controls.base import Control
@@ -27,6 +27,7 @@ from ml_backend.projects.connect import (
     own_connections,
     webhook_headers,
 )
+from ml_backend.remedies import with_remedy
 from ml_backend.store.tables import Project, now
 
 _HEARD_WITHIN = 5.0
@@ -74,7 +75,7 @@ def _known_labels(backend: Examined, config: LabelConfig) -> Iterator[Finding]:
     """Tells which labels COCO's weights know: these serve until the first training."""
     try:
         device = resolve_device(backend.settings.device)
-        known = coco_labels(preset_named(backend.settings.preset, device))
+        known = preset_named(backend.settings.preset, device).architecture.published_labels
     except (DeviceError, ValueError):
         # Said already, of the device or of the weights.
         return
@@ -192,5 +193,5 @@ def _image(
     try:
         image = read_image(images, task, control, max_pixels=backend.settings.image_max_pixels)
     except (ImageUnavailable, UndecodableImage) as error:
-        return Finding("image", "error", f"task {task['id']}, {route}: {error}")
+        return Finding("image", "error", f"task {task['id']}, {route}: {with_remedy(error)}")
     return Finding("image", "ok", f"task {task['id']}: {image.width} x {image.height}, {route}")

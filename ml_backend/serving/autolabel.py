@@ -279,15 +279,12 @@ class _Run:
         )
 
     def _end(self) -> Done:
-        reached = self.reached
-        if reached.sharded:
-            self._add_shards()
+        if self.reached.done:
+            self._save()
+        reached = self._with_shards() if self.reached.sharded else self.reached
         left_out = {"left_out": reached.left_out, "example": reached.example}
         if reached.left_out and not reached.imported:
             raise Failed(reason(Code.NO_TASK_PREDICTED, **left_out))
-        if reached.done:
-            self._total = max(self._total, reached.done)
-            self._save()
         if not reached.done:
             why = reason(Code.NOTHING_TO_PREDICT, version=self._version)
         else:
@@ -301,12 +298,13 @@ class _Run:
         result = None if self._part is not None else {"stale": self._stale()}
         return Done(why, self._version, result)
 
-    def _add_shards(self) -> None:
-        """Adds what the shards did to what this run did.
+    def _with_shards(self) -> AutolabelCheckpoint:
+        """The work of this run and of the shards together.
 
         Raises:
             Failed: a shard did not do its part; its reason says why.
         """
+        whole = self.reached.model_copy()
         with self._parts.database.reading() as session:
             shards = session.scalars(select(Job).where(Job.parent_id == self._job.id)).all()
         for shard in shards:
@@ -315,10 +313,11 @@ class _Run:
                 continue
             if shard.state != JobState.DONE and shard.reason.code != Code.NO_TASK_PREDICTED:
                 raise Failed(shard.reason)
-            self.reached.done += part.done
-            self.reached.imported += part.imported
-            self.reached.left_out += part.left_out
-            self.reached.example = self.reached.example or part.example
+            whole.done += part.done
+            whole.imported += part.imported
+            whole.left_out += part.left_out
+            whole.example = whole.example or part.example
+        return whole
 
     def _stale(self) -> list[str] | None:
         """Older versions that Label Studio holds predictions of; None where nothing is to be

@@ -20,6 +20,7 @@ from ml_backend.label_studio.label_config import (
 from ml_backend.label_studio.media import read_image
 from ml_backend.projects.clients import Clients
 from ml_backend.reasons import Code, reason
+from ml_backend.remedies import with_remedy
 from ml_backend.settings import Settings
 from ml_backend.store.database import Database
 from ml_backend.store.tables import PRETRAINED, Project
@@ -95,5 +96,5 @@ class PredictionParts:
             for controls in config.controls_by_image().values():
                 read_image(images, task, controls[0], max_pixels=self.settings.image_max_pixels)
         except (ImageUnavailable, UndecodableImage) as error:
-            return f"task {task['id']}: {error}"
+            return f"task {task['id']}: {with_remedy(error)}"
         return f"task {task['id']}: the log says why"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import threading
 import time
 from collections import OrderedDict
@@ -12,17 +11,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import psutil
 import torch
 from sqlalchemy import select
 
 from ml_backend.acquisition.factory import make_strategy
 from ml_backend.acquisition.reference import Reference
 from ml_backend.acquisition.strategies.base import Strategy
-from ml_backend.detection.batching import BatchingPredictor
 from ml_backend.detection.detector import CorruptDetector, Detector
-from ml_backend.detection.device import own_device, resolve_device, serving_devices
+from ml_backend.detection.device import resolve_device
 from ml_backend.detection.presets import preset_named
+from ml_backend.machine import memory, usable_cores
+from ml_backend.serving.batching import BatchingPredictor
+from ml_backend.serving.own_device import own_device, serving_devices
 from ml_backend.settings import Settings
 from ml_backend.store.artefacts import ArtefactStore, StoreUnavailable, VersionMissing
 from ml_backend.store.database import Database
@@ -140,7 +140,7 @@ class ModelCache:
         self._device = own_device(devices, self._settings.model_dir)
         if self._device.type == "cpu" and self._settings.workers > 1:
             # Several torch processes that each take every core slow each other many times over.
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self._settings.workers))
+            torch.set_num_threads(max(1, usable_cores() // self._settings.workers))
 
     def version(self, project: Project) -> str:
         """Names the version that would predict now, without loading anything."""
@@ -351,5 +351,5 @@ def _memory_left(device: torch.device) -> float:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return free / total
-    memory = psutil.virtual_memory()
-    return memory.available / memory.total
+    room = memory()
+    return room.available / room.total

@@ -20,6 +20,7 @@ from ml_backend.label_studio.images import ImageSource, ImageUnavailable
 from ml_backend.label_studio.label_config import LabelConfig, match_labels
 from ml_backend.label_studio.media import read_image
 from ml_backend.projects.clients import Clients
+from ml_backend.remedies import with_remedy
 from ml_backend.serving.counters import IMAGE_FAILURES, PREDICTED
 from ml_backend.serving.model_cache import LoadedModel, ModelCache
 from ml_backend.settings import Settings
@@ -151,7 +152,7 @@ class Serving:
                 )
             except (ImageUnavailable, UndecodableImage) as error:
                 IMAGE_FAILURES.labels(type(error).__name__).inc()
-                _log.warning("task %s gets no prediction: %s", number, error)
+                _log.warning("task %s gets no prediction: %s", number, with_remedy(error))
                 return None
             except Exception:
                 # As below: a fault that one image brings to light is not the others' fault.

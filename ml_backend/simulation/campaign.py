@@ -28,20 +28,22 @@ from ml_backend.detection.costs import (
     cheapest_thresholds,
     human_seconds,
     shown,
+    thresholds_by_index,
 )
 from ml_backend.detection.decoding import decode_image
 from ml_backend.detection.detector import Detector
 from ml_backend.detection.evaluation import evaluate
+from ml_backend.detection.prediction import predict_samples
 from ml_backend.detection.presets import preset_named
 from ml_backend.detection.types import Detections, Sample
 from ml_backend.jobs.schedule import Situation, decide
+from ml_backend.reasons import Code, Reason, reason
 from ml_backend.settings import Settings
 from ml_backend.simulation.results import Campaign, OnProgress, OnRound, Round
 from ml_backend.store.tables import now
 from ml_backend.training.dataset import Dataset
-from ml_backend.training.out_of_fold import predict_samples
 from ml_backend.training.split import Item, assign, fingerprint
-from ml_backend.training.trainer import Lesson, Live, Teacher, cost_model, threshold_of
+from ml_backend.training.trainer import Live, Trainer, TrainingOutcome, cost_model
 
 ONE_ROUND_IMAGES = 55
 """Images that are labelled by hand before the only training of `Simulation.one_round`."""
@@ -85,7 +87,7 @@ class Simulation:
         labels: label names.
         samples: images, with all boxes that are on them.
         prices: seconds that drawing a box takes; costs are counted for each.
-        on_progress: receives the fraction done of a campaign, and a sentence.
+        on_progress: receives the fraction done of a campaign, and the present stage.
         on_round: receives each round as it ends.
     """
 
@@ -218,16 +220,17 @@ class Simulation:
         started = time.monotonic()
         done = len(state.labelled)
 
-        def tell(fraction: float, words: str) -> None:
-            self._on_progress(done / total, f"{done} images labelled; {words} ({fraction:.0%})")
+        def tell(fraction: float, stage: Reason) -> None:
+            why = reason(Code.CAMPAIGN_ROUND, images=done, stage=stage, share=fraction)
+            self._on_progress(done / total, why)
 
         dataset = self._dataset(state, labels, late)
-        teacher = Teacher(self._settings, self._device, tell)
-        lesson = teacher.teach(dataset, state.version.live if state.version else None)
+        trainer = Trainer(self._settings, self._device, tell)
+        outcome = trainer.fit(dataset, state.version.live if state.version else None)
         state.trained_at = done
         rest = [i for i in range(len(self._samples)) if i not in state.items]
-        if lesson.verdict.promote:
-            state.version = self._go_live(lesson, strategy, f"{name}:{seed}:{done}", rest)
+        if outcome.verdict.promote:
+            state.version = self._go_live(outcome, strategy, f"{name}:{seed}:{done}", rest)
         whole = [_with_labels(self._samples[i], self._labels, labels) for i in rest]
         quality = None
         if state.version is not None:
@@ -235,9 +238,9 @@ class Simulation:
             quality = evaluate(found, whole, labels)
         finished = Round(
             images=done,
-            promoted=lesson.verdict.promote,
-            reason=lesson.verdict.reason,
-            map50=lesson.evaluation.map50,
+            promoted=outcome.verdict.promote,
+            reason=outcome.verdict.reason,
+            map50=outcome.assessment.evaluation.map50,
             map50_of_rest=quality.map50 if quality else 0.0,
             ap50_of_rest={
                 label: quality.per_class[label].ap50 if quality else None for label in labels
@@ -248,32 +251,37 @@ class Simulation:
         if self._on_round is not None:
             self._on_round(name, seed, finished)
 
-    def _go_live(self, lesson: Lesson, strategy: str, name: str, rest: Sequence[int]) -> _Version:
+    def _go_live(
+        self, outcome: TrainingOutcome, strategy: str, name: str, rest: Sequence[int]
+    ) -> _Version:
         """Predicts and scores the unlabelled images, as auto-labelling does after a promotion."""
-        detector = lesson.detector
+        detector = outcome.detector
         samples = [self._samples[i] for i in rest]
         found = predict_samples(detector, samples, max_pixels=self._settings.image_max_pixels)
         scorer = make_strategy(
             strategy,
-            lesson.reference,
+            outcome.reference,
             name,
             0.0 if strategy == "random" else self._settings.random_share,
         )
         scores = scorer.score(rest, [found[s.key] for s in samples])
         thresholds = {
-            price: threshold_of(
+            price: thresholds_by_index(
                 detector.labels,
                 {
                     label: t
                     for label, t in cheapest_thresholds(
-                        lesson.predictions, lesson.measured, detector.labels, costs
+                        outcome.assessment.predictions,
+                        outcome.assessment.samples,
+                        detector.labels,
+                        costs,
                     ).items()
                     if label in detector.thresholds
                 },
             )
             for price, costs in self._costs.items()
         }
-        live = Live(name, detector, lesson.out_of_fold)
+        live = Live(name, detector, outcome.out_of_fold)
         return _Version(live, thresholds, found, dict(zip(rest, scores, strict=True)))
 
     def _shown(
@@ -323,7 +331,7 @@ class Simulation:
         if strategy == "random":
             return order
         if self._embeddings is None:
-            self._on_progress(0.0, "embedding the images")
+            self._on_progress(0.0, reason(Code.MEASURING, stage="embedding"))
             preset = preset_named(self._settings.preset, self._device)
             trunk = Detector.pretrained(preset, self._labels, self._settings.weights, self._device)
             seen = predict_samples(trunk, self._samples, max_pixels=self._settings.image_max_pixels)
@@ -350,7 +358,7 @@ def _with_labels(sample: Sample, labels: Sequence[str], known: Sequence[str]) ->
     mapping = np.array([position.get(label, -1) for label in labels], np.int64)
     mapped = mapping[sample.labels]
     keep = mapped >= 0
-    return Sample(sample.key, sample.image, sample.boxes[keep], mapped[keep])
+    return dataclasses.replace(sample.where(keep), labels=mapped[keep])
 
 
 def _clip(item: Item) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from ml_backend.detection.decoding import UndecodableImage, decode_image
 from ml_backend.detection.device import resolve_device
 from ml_backend.detection.types import Sample
 from ml_backend.extensions import STRATEGIES
+from ml_backend.machine import usable_cores
+from ml_backend.reasons import Code, Reason, reason
 from ml_backend.settings import Settings
 from ml_backend.simulation.campaign import ONE_ROUND_IMAGES, Simulation
 from ml_backend.simulation.results import Campaign, OnProgress, OnRound, Round
@@ -75,7 +76,10 @@ def keep_decodable(data: LabelledData, settings: Settings, on_progress: OnProgre
     samples: list[Sample] = []
     left_out = Counter(data.left_out)
     for number, sample in enumerate(data.samples):
-        on_progress(number / len(data.samples), "decoding the images")
+        on_progress(
+            number / len(data.samples),
+            reason(Code.READING_IMAGES, done=number, total=len(data.samples)),
+        )
         try:
             decode_image(sample.image, max_pixels=settings.image_max_pixels)
         except (UndecodableImage, OSError) as error:
@@ -104,17 +108,18 @@ def run(
         plan: names the campaigns.
         settings: those of a live project; without `train_threads`, trainings take all cores.
         data: labelled images, all of which can be decoded.
-        on_progress: receives the fraction of the whole plan that is done, and a sentence.
+        on_progress: receives the fraction of the whole plan that is done, and the present stage.
         on_round: receives the campaign's name, its seed, and every round as it ends.
     """
     if settings.train_threads is None:
-        settings = settings.model_copy(update={"train_threads": os.cpu_count()})
+        settings = settings.model_copy(update={"train_threads": usable_cores()})
     first = min(ONE_ROUND_IMAGES, max(2, len(data.samples) // 2))
     total = len(plan.seeds) * (len(plan.strategies) + plan.story)
     done = 0
 
-    def tell(fraction: float, words: str) -> None:
-        on_progress((done + fraction) / total, f"{done + 1} of {total}: {words}")
+    def tell(fraction: float, stage: Reason) -> None:
+        why = reason(Code.CAMPAIGN, number=done + 1, total=total, stage=stage)
+        on_progress((done + fraction) / total, why)
 
     simulation = Simulation(
         settings,
@@ -132,7 +137,7 @@ def run(
         if plan.story:
             yield simulation.one_round(seed, first=first)
             done += 1
-    on_progress(1.0, "done")
+    on_progress(1.0, reason(Code.CAMPAIGNS_DONE, total=total))
 
 
 def summary_table(plan: Plan, campaigns: Sequence[Campaign]) -> Table:
@@ -194,7 +199,7 @@ def as_dict(
         "labels": list(data.labels),
         "left_out": data.left_out,
         "prices": list(plan.prices),
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "campaigns": [
             {**dataclasses.asdict(c), "saving": {p: round(c.saving(p), 3) for p in plan.prices}}
             for c in campaigns

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ml_backend.reasons import Reason
 
-OnProgress = Callable[[float, str], None]
+OnProgress = Callable[[float, Reason], None]
 """Receives the fraction done, in `[0, 1]`, and a sentence; may raise to stop."""
 
 

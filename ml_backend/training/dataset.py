@@ -22,13 +22,14 @@ from sqlalchemy import String, or_, select
 from sqlalchemy import cast as sql_cast
 
 from ml_backend.acquisition.random_share import in_random_share
-from ml_backend.detection.decoding import UndecodableImage, decode_image
+from ml_backend.detection.decoding import ReducedImage, UndecodableImage, decode_reduced
 from ml_backend.detection.types import Sample
 from ml_backend.label_studio.controls.base import Control
 from ml_backend.label_studio.images import ImageSource, ImageUnavailable
 from ml_backend.label_studio.label_config import LabelConfig
 from ml_backend.label_studio.media import media_of
 from ml_backend.reasons import Code, Reason, reason
+from ml_backend.remedies import with_remedy
 from ml_backend.store.database import Database, in_chunks
 from ml_backend.store.tables import Annotation, Project, Task
 from ml_backend.training.split import Item, Side, assign, fingerprint
@@ -36,6 +37,8 @@ from ml_backend.training.split import Item, Side, assign, fingerprint
 _log = logging.getLogger(__name__)
 
 FETCHERS = 8
+_QUALITY = 95
+"""JPEG quality of working copies."""
 
 _OF_TASK = (Task.project_id == Annotation.project_id) & (Task.label_studio_id == Annotation.task_id)
 
@@ -91,6 +94,7 @@ def build_dataset(
     folder: Path,
     *,
     max_pixels: int,
+    longest_side: int | None = None,
     random_share: float,
     leave_out: bool = True,
     store_sides: Callable[[list[dict[str, Any]]], None],
@@ -105,6 +109,9 @@ def build_dataset(
         images: where its images come from.
         folder: receives the image files.
         max_pixels: larger images are left out.
+        longest_side: pixels of an image's longer side that a detector can use: of larger images a
+            working copy of at least this length is kept, which is decoded in a fraction of the
+            time. None keeps every image as it is.
         random_share: of the tasks, that are asked for by chance.
         leave_out: whether tasks whose images cannot be had are left out.
         store_sides: receives the tasks whose side was decided, for `sides.write_sides`.
@@ -123,12 +130,15 @@ def build_dataset(
         nonlocal done
         task, annotation, controls = entry
         try:
-            return _fetch(task, annotation, controls, config, images, folder, max_pixels)
+            return _fetch(
+                task, annotation, controls, config, images, folder, max_pixels, longest_side
+            )
         except (ImageUnavailable, UndecodableImage) as error:
             if not leave_out and isinstance(error, ImageUnavailable):
                 raise
-            _log.warning("task %d is left out of the training: %s", task.label_studio_id, error)
-            return str(error)
+            words = with_remedy(error)
+            _log.warning("task %d is left out of the training: %s", task.label_studio_id, words)
+            return words
         finally:
             done += 1
             if done % 10 == 0:
@@ -222,19 +232,20 @@ def _fetch(
     images: ImageSource,
     folder: Path,
     max_pixels: int,
+    longest_side: int | None,
 ) -> _Fetched:
     data_key = controls[0].data_key
     value = media_of(task.data, controls[0])
     content = images.fetch(task.label_studio_id, value)
     # A key may have slashes.
     path = folder / quote(f"{task.label_studio_id}-{data_key}", safe="")
-    path.write_bytes(content)
-    image = decode_image(content, max_pixels=max_pixels)
-    mark = task.fingerprint or fingerprint(image)
+    reduced = decode_reduced(content, longest=longest_side, max_pixels=max_pixels)
+    _write(path, content, reduced)
+    mark = task.fingerprint or fingerprint(reduced.image)
     boxes: list[list[float]] = []
     labels: list[int] = []
     dropped: list[str] = []
-    size = np.array([image.width, image.height] * 2, np.float32)
+    size = np.array(reduced.size * 2, np.float32)
     for control in controls:
         read = control.read_regions(annotation.result)
         dropped += read.dropped
@@ -252,10 +263,19 @@ def _fetch(
             image=path,
             boxes=np.array(boxes, np.float32).reshape(-1, 4) * size,
             labels=np.array(labels, np.int64),
+            size=reduced.size,
         ),
         fingerprint=mark,
         dropped=tuple(dropped),
     )
+
+
+def _write(path: Path, content: bytes, reduced: ReducedImage) -> None:
+    """Writes the file that trainings read: the image itself, or a copy of reduced size."""
+    if reduced.image.size == reduced.size:
+        path.write_bytes(content)
+    else:
+        reduced.image.save(path, "JPEG", quality=_QUALITY, subsampling=0)
 
 
 def _sides(

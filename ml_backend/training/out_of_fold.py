@@ -1,48 +1,26 @@
-"""Predictions that measure: never by a detector on an image that it was trained on.
+"""Stores out-of-fold predictions: of images by detectors that were not trained on them.
 
-Below 100 images there is no hold-out worth the name. Each version then keeps, beside its weights,
-what the detectors of its folds said of the images that they had not seen. Those stand in for it
-wherever it is measured on an image that it has learned.
+Below 100 images a hold-out is too small to measure on. Each version then keeps, beside its weights,
+the predictions of its folds' detectors for the images that those had not seen. They replace its own
+predictions wherever it is measured on an image that it has learned.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ml_backend.detection.decoding import decode_image
-from ml_backend.detection.detector import Detector
-from ml_backend.detection.types import Detections, Sample
+from ml_backend.detection.types import Detections
 
 _FILE = "out_of_fold.json"
 
 
-def predict_samples(
-    detector: Detector,
-    samples: Sequence[Sample],
-    *,
-    max_pixels: int,
-    on_progress: Callable[[float], None] | None = None,
-) -> dict[str, Detections]:
-    """What a detector finds in the samples' images, by key."""
-    found: dict[str, Detections] = {}
-    size = detector.preset.predict_batch
-    for start in range(0, len(samples), size):
-        batch = samples[start : start + size]
-        images = [decode_image(s.image, max_pixels=max_pixels) for s in batch]
-        for sample, detections in zip(batch, detector.predict(images), strict=True):
-            found[sample.key] = detections
-        if on_progress is not None:
-            on_progress(min(1.0, (start + size) / len(samples)))
-    return found
-
-
 def relabel(detections: Detections, old: Sequence[str], new: Sequence[str]) -> Detections:
-    """The detections with indices into `new` instead of `old`; labels it lacks are left out."""
+    """Translates label indices from `old` names to `new`; labels missing there are left out."""
     position = {label: i for i, label in enumerate(new)}
     mapping = np.array([position.get(label, -1) for label in old] or [-1], np.int64)
     labels = mapping[detections.labels]
@@ -68,7 +46,7 @@ def save_out_of_fold(
 
 
 def load_out_of_fold(folder: Path, labels: Sequence[str]) -> dict[str, Detections]:
-    """Reads them back, with label indices into `labels`; empty where the version has none."""
+    """Reads out-of-fold predictions, as indices into `labels`; empty where a version has none."""
     path = folder / _FILE
     if not path.is_file():
         return {}

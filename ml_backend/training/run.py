@@ -13,15 +13,17 @@ from typing import Any
 import torch
 
 from ml_backend import __version__
+from ml_backend.detection.architectures.base import WeightsError
 from ml_backend.detection.detector import CorruptDetector
 from ml_backend.detection.device import DeviceError, describe_device, resolve_device
-from ml_backend.detection.presets import check
+from ml_backend.detection.presets import PresetError, check, preset_named
 from ml_backend.jobs.outcomes import Done, Refused, RetryLater
 from ml_backend.jobs.reports import Reporter
 from ml_backend.label_studio.images import ImageUnavailable
 from ml_backend.label_studio.label_config import LabelConfigError, parse_label_config
 from ml_backend.projects.clients import Clients
 from ml_backend.reasons import Code, reason
+from ml_backend.remedies import with_remedy
 from ml_backend.settings import Settings
 from ml_backend.store.artefacts import ArtefactStore, VersionMissing
 from ml_backend.store.database import Database
@@ -30,7 +32,7 @@ from ml_backend.training.artefact import load_artefact
 from ml_backend.training.dataset import Dataset, build_dataset
 from ml_backend.training.out_of_fold import save_out_of_fold
 from ml_backend.training.promotion import Versions
-from ml_backend.training.trainer import Lesson, Live, Teacher, cost_model
+from ml_backend.training.trainer import Live, Trainer, TrainingOutcome, cost_model
 
 _log = logging.getLogger(__name__)
 
@@ -80,6 +82,9 @@ class TrainingRun:
             config = parse_label_config(project.label_config)
         except LabelConfigError as error:
             raise Refused(reason(Code.LABEL_CONFIG_UNUSABLE, detail=str(error))) from error
+        live = self._live(project, device)
+        presets = [preset_named(self._settings.preset, device)]
+        presets += [live.detector.preset] if live is not None else []
         # One training per project at a time: files that are there were left by a killed one.
         folder = self._settings.model_dir / "training" / project.key
         shutil.rmtree(folder, ignore_errors=True)
@@ -92,6 +97,8 @@ class TrainingRun:
                 self._label_studios.images(project),
                 folder,
                 max_pixels=self._settings.image_max_pixels,
+                # The live version is measured on the same files.
+                longest_side=max(preset.longest_side for preset in presets),
                 random_share=self._settings.random_share,
                 # While Label Studio fails, images that lie there would count as gone.
                 leave_out=self._label_studio_fails is None,
@@ -99,7 +106,7 @@ class TrainingRun:
                 on_progress=lambda f, why: self._report.progress(0.1 * f, why),
             )
             _check(dataset)
-            return self._learn(project, dataset, device, started)
+            return self._learn(project, dataset, live, device, started)
         except ImageUnavailable as error:
             detail = self._label_studio_fails or str(error)
             raise RetryLater(
@@ -113,25 +120,26 @@ class TrainingRun:
         try:
             device = resolve_device(self._settings.device)
             check(self._settings.preset, self._settings.weights, device)
-        except (DeviceError, ValueError) as error:
-            raise Refused(reason(Code.SETTING_WRONG, detail=str(error))) from error
+        except (DeviceError, PresetError, WeightsError) as error:
+            raise Refused(reason(Code.SETTING_WRONG, detail=with_remedy(error))) from error
         return device
 
     def _learn(
-        self, project: Project, dataset: Dataset, device: torch.device, started: float
+        self,
+        project: Project,
+        dataset: Dataset,
+        live: Live | None,
+        device: torch.device,
+        started: float,
     ) -> Done:
-        teacher = Teacher(
-            self._settings,
-            device,
-            lambda f, w: self._report.progress(f, reason(Code.PLAIN, text=w)),
-        )
-        lesson = teacher.teach(dataset, self._live(project, device))
-        name = self._name(project, dataset, lesson)
-        card = self._card(name, project, dataset, lesson)
+        trainer = Trainer(self._settings, device, self._report.progress)
+        outcome = trainer.fit(dataset, live)
+        name = self._name(project, dataset, outcome)
+        card = self._card(name, project, dataset, outcome)
         card["settings"] = {
-            "preset": lesson.detector.preset.name,
-            "weights": dataclasses.asdict(lesson.detector.weights),
-            "started_from": "the live version" if lesson.warm else "the preset's weights",
+            "preset": outcome.detector.preset.name,
+            "weights": dataclasses.asdict(outcome.detector.weights),
+            "started_from": "the live version" if outcome.warm else "the preset's weights",
             "device": describe_device(device),
             "threads": torch.get_num_threads(),
             "budget_seconds": self._settings.train_budget,
@@ -140,18 +148,18 @@ class TrainingRun:
         card["seconds"]["total"] = round(time.monotonic() - started, 1)
 
         def write(folder: Path) -> None:
-            lesson.detector.save(folder)
-            lesson.reference.save(folder)
-            save_out_of_fold(folder, dataset.labels, lesson.out_of_fold)
+            outcome.detector.save(folder)
+            outcome.reference.save(folder)
+            save_out_of_fold(folder, dataset.labels, outcome.out_of_fold)
 
         self._report.check()
         self._artefacts.publish(project.key, name, write, card)
         return Done(
-            lesson.verdict.reason,
+            outcome.verdict.reason,
             name,
             {
                 "card": card,
-                "promote": lesson.verdict.promote,
+                "promote": outcome.verdict.promote,
                 "parent": project.live_version,
                 "revision": dataset.revision,
             },
@@ -169,18 +177,20 @@ class TrainingRun:
             return None
         return Live(project.live_version, live.detector, live.out_of_fold)
 
-    def _name(self, project: Project, dataset: Dataset, lesson: Lesson) -> str:
+    def _name(self, project: Project, dataset: Dataset, outcome: TrainingOutcome) -> str:
         number = self._versions.count(project.id) + 1
         # The tail keeps it apart from a version of the same number whose artefacts were lost:
         # Label Studio may still hold predictions under that name.
         return (
-            f"v{number}-{lesson.detector.preset.name}-{dataset.tasks}tasks"
-            f"-ap{round(100 * lesson.evaluation.map50)}-{secrets.token_hex(2)}"
+            f"v{number}-{outcome.detector.preset.name}-{dataset.tasks}tasks"
+            f"-ap{round(100 * outcome.assessment.evaluation.map50)}-{secrets.token_hex(2)}"
         )
 
     @staticmethod
-    def _card(name: str, project: Project, dataset: Dataset, lesson: Lesson) -> dict[str, Any]:
-        comparison, verdict, result = lesson.comparison, lesson.verdict, lesson.result
+    def _card(
+        name: str, project: Project, dataset: Dataset, outcome: TrainingOutcome
+    ) -> dict[str, Any]:
+        comparison, verdict, result = outcome.comparison, outcome.verdict, outcome.result
         return {
             "version": name,
             "project": project.key,
@@ -196,13 +206,13 @@ class TrainingRun:
                 "revision": dataset.revision,
             },
             "metrics": {
-                "measured_on": lesson.how,
-                **dataclasses.asdict(lesson.evaluation),
-                "map50_interval": dataclasses.asdict(lesson.interval),
+                "measured_on": outcome.measured_on,
+                **dataclasses.asdict(outcome.assessment.evaluation),
+                "map50_interval": dataclasses.asdict(outcome.assessment.interval),
             },
-            "thresholds": lesson.detector.thresholds,
+            "thresholds": outcome.detector.thresholds,
             "comparison": dataclasses.asdict(comparison) if comparison else None,
-            "agreement": lesson.agreement,
+            "agreement": outcome.agreement,
             # What became of it stands in the database: somebody may roll back meanwhile.
             "verdict": {"promote": verdict.promote, **verdict.reason.as_dict()},
             "seconds": {"training": round(result.seconds, 1)},

@@ -1,38 +1,31 @@
-"""What one training learns from a data set, and how it is judged; knows nothing of where that lies.
+"""Trains a version on a data set and judges it; knows nothing of where the data set lies.
 
-A live project and a simulated campaign are taught by the same code.
+Live projects and simulated campaigns are trained by the same code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from ml_backend.acquisition.image_uncertainty import image_uncertainty
 from ml_backend.acquisition.label_weights import label_weights
 from ml_backend.acquisition.reference import Reference
-from ml_backend.detection.calibration import calibrate, fit_calibration
-from ml_backend.detection.costs import CostModel, cheapest_thresholds, shown
+from ml_backend.detection.assessment import Assessment, assess
+from ml_backend.detection.costs import CostModel
 from ml_backend.detection.detector import Detector
-from ml_backend.detection.evaluation import (
-    Comparison,
-    Evaluation,
-    Interval,
-    agreement,
-    bootstrap_interval,
-    compare,
-    evaluate,
-)
+from ml_backend.detection.evaluation import Comparison
+from ml_backend.detection.prediction import predict_samples
 from ml_backend.detection.presets import Preset, preset_named
 from ml_backend.detection.training import Progress, TrainingResult, train
 from ml_backend.detection.types import Detections, Sample
+from ml_backend.reasons import Code, Reason, reason
 from ml_backend.settings import Settings
 from ml_backend.training.dataset import Dataset
-from ml_backend.training.out_of_fold import predict_samples, relabel
+from ml_backend.training.out_of_fold import relabel
 from ml_backend.training.promotion import Verdict, judge
 from ml_backend.training.split import SMALL, fold_groups, folds
 
@@ -40,14 +33,13 @@ FOLDS = 3
 FOLDS_SHARE = 0.5
 """Share of the time budget that the folds take together, where folds decide."""
 CALIBRATION_PARTS = 5
-"""Parts in which what measures is calibrated, each by the others: where a box lies moves it in the
-ranking, and no figure may rest on what was fitted to it."""
+"""Parts of the measured images, each of which is calibrated by the others."""
 WARM_START_FROM = 1000
 """Annotated images from which a training starts from the live version.
 
 Below, it starts from the preset's pretrained weights every time: warm starts generalise worse (Ash
-and Adams, 2020), and starting anew costs little while data are few. Where nothing pretrained can be
-had it costs what was learned, and the live version is the start at once.
+and Adams, 2020), and starting anew costs little while data are few. Without pretrained weights,
+starting anew would lose everything learned, so every training starts from the live version.
 """
 
 
@@ -57,44 +49,38 @@ class Live:
 
     Attributes:
         name: the version.
-        detector: what predicts.
-        honest: what was predicted, by detectors that had not seen them, of images that it has
-            learned; by sample key, with label indices into `detector.labels`.
+        detector: its detector.
+        out_of_fold: predictions of images that it has learned, by detectors that had not, by
+            sample key; with label indices into `detector.labels`.
     """
 
     name: str
     detector: Detector
-    honest: Mapping[str, Detections]
+    out_of_fold: Mapping[str, Detections]
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
-    """What a training led to.
+class TrainingOutcome:
+    """A trained version with its measurements.
 
     Attributes:
         detector: calibrated, with thresholds.
-        result: how the training went.
-        measured: the samples that measure.
-        predictions: what was found in them by detectors that had not learned them; calibrated.
-        out_of_fold: the same by sample key, where folds decided; empty otherwise.
-        how: what measured, in words, and what must be known about it.
-        evaluation: quality on them.
-        interval: of its mean AP50.
+        result: the course of the training.
+        assessment: its quality on samples that it has not learned.
+        out_of_fold: calibrated predictions by sample key, where folds measured; empty otherwise.
+        measured_on: the samples that measured, in words, and what must be known about them.
         comparison: with the live version, on the same samples; None where nothing is live.
-        agreement: how alike what both show on them is, in `[0, 1]`; None likewise.
+        agreement: how alike the boxes are that both show, in `[0, 1]`; None likewise.
         verdict: whether it should go live, and why.
-        reference: what acquisition scores are made from.
+        reference: the data that acquisition scores are made from.
         warm: whether it started from the live version.
     """
 
     detector: Detector
     result: TrainingResult
-    measured: tuple[Sample, ...]
-    predictions: list[Detections]
+    assessment: Assessment
     out_of_fold: dict[str, Detections]
-    how: str
-    evaluation: Evaluation
-    interval: Interval
+    measured_on: str
     comparison: Comparison | None
     agreement: float | None
     verdict: Verdict
@@ -104,15 +90,25 @@ class Lesson:
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
+    """A training, and uncalibrated predictions of samples by detectors that had not learned them.
+
+    Attributes:
+        result: the training of the version.
+        samples: the samples.
+        predictions: for each sample.
+        by_folds: whether folds made them.
+        words: the samples in words.
+    """
+
     result: TrainingResult
     samples: tuple[Sample, ...]
     predictions: list[Detections]
     by_folds: bool
-    how: str
+    words: str
 
 
 def cost_model(settings: Settings) -> CostModel:
-    """What people's work costs, by the settings."""
+    """Makes the cost model of the settings."""
     return CostModel(
         look=settings.cost_look,
         draw=settings.cost_draw,
@@ -122,34 +118,33 @@ def cost_model(settings: Settings) -> CostModel:
     )
 
 
-class Teacher:
-    """Trains a detector on a data set, measures it honestly, and judges it.
+class Trainer:
+    """Trains a detector on a data set, measures it on images not learned, and judges it.
 
     Args:
         settings: budget, preset, weights, costs.
         device: where it trains.
-        on_progress: told the fraction done and a sentence; may raise to stop.
+        on_progress: told the fraction done and the present stage; may raise to stop.
     """
 
     def __init__(
         self,
         settings: Settings,
         device: torch.device,
-        on_progress: Callable[[float, str], None],
+        on_progress: Callable[[float, Reason], None],
     ) -> None:
         self._settings = settings
         self._device = device
         self._preset: Preset = preset_named(settings.preset, device)
         self._progress = on_progress
 
-    def teach(self, dataset: Dataset, live: Live | None) -> Lesson:
-        """Does it all.
+    def fit(self, dataset: Dataset, live: Live | None) -> TrainingOutcome:
+        """Trains, measures and judges a version.
 
         Args:
-            dataset: what to learn, and what only measures.
-            live: the version that it must not be worse than.
+            dataset: the samples to learn from, and those that only measure.
+            live: the version that the new one must not be worse than.
         """
-        labels = dataset.labels
         start = None
         if _holdout_serves(dataset):
             start = self._start(dataset, live)
@@ -158,66 +153,51 @@ class Teacher:
             # Folds begin anew: the live version may have learned what they measure on.
             measured = self._by_folds(dataset)
 
-        self._progress(0.93, "measuring")
+        self._progress(0.93, reason(Code.MEASURING, stage="calibration"))
         detector = measured.result.detector
-        detector.calibration = fit_calibration(measured.predictions, measured.samples, labels)
-        predictions = _calibrated(measured, dataset)
-        costs = cost_model(self._settings)
-        cheapest = cheapest_thresholds(predictions, measured.samples, labels, costs)
-        # A label that was never seen gets none: it is never predicted.
         counts = dataset.boxes_by_label()
-        detector.thresholds = {label: t for label, t in cheapest.items() if counts[label]}
-        evaluation = evaluate(predictions, measured.samples, labels)
-        comparison = agrees = None
+        assessment = assess(
+            measured.predictions,
+            measured.samples,
+            dataset.labels,
+            parts=_calibration_parts(measured.samples, dataset),
+            # A label that was never seen is never shown.
+            learned=[label for label in dataset.labels if counts[label]],
+            costs=cost_model(self._settings),
+        )
+        detector.calibration = assessment.calibration
+        detector.thresholds = assessment.thresholds
+        comparison = agreement = None
+        gained: list[str] = []
         if live is not None:
-            theirs = self._of_live(live, measured.samples, labels)
-            comparison = compare(
-                predictions,
-                theirs,
-                measured.samples,
-                labels,
-                # It has a threshold for each label that it has learned.
-                known=live.detector.thresholds,
-                seed=0,
-            )
-            agrees = agreement(
-                [_shown(p, labels, detector.thresholds) for p in predictions],
-                [_shown(p, labels, live.detector.thresholds) for p in theirs],
-            )
-        return Lesson(
+            theirs = self._of_live(live, measured.samples, dataset.labels)
+            self._progress(0.96, reason(Code.MEASURING, stage="comparison"))
+            # The live version has a threshold for each label that it has learned.
+            comparison, agreement = assessment.compare(theirs, live.detector.thresholds)
+            gained = [x for x in assessment.thresholds if x not in live.detector.thresholds]
+        pairs = zip(measured.samples, assessment.predictions, strict=True)
+        return TrainingOutcome(
             detector=detector,
             result=measured.result,
-            measured=measured.samples,
-            predictions=predictions,
-            out_of_fold={s.key: p for s, p in zip(measured.samples, predictions, strict=True)}
-            if measured.by_folds
-            else {},
-            how=measured.how,
-            evaluation=evaluation,
-            interval=bootstrap_interval(predictions, measured.samples, labels, seed=0),
+            assessment=assessment,
+            out_of_fold={s.key: p for s, p in pairs} if measured.by_folds else {},
+            measured_on=measured.words,
             comparison=comparison,
-            agreement=agrees,
+            agreement=agreement,
             verdict=judge(
-                evaluation,
-                comparison,
-                live.name if live is not None else None,
-                [
-                    label
-                    for label in detector.thresholds
-                    if live is not None and label not in live.detector.thresholds
-                ],
+                assessment.evaluation, comparison, live.name if live is not None else None, gained
             ),
-            reference=self._reference(dataset, detector, predictions, evaluation),
+            reference=self._reference(dataset, detector, assessment),
             warm=start is not None,
         )
 
     def _start(self, dataset: Dataset, live: Live | None) -> Detector | None:
-        """The live version, where a training may start from it."""
+        """Answers the detector of the live version, where a training may start from it."""
         if (
             live is None
             or live.detector.preset != self._preset
-            # It was measured by folds then, and has learned what measures now.
-            or not dataset.holdout.isdisjoint(live.honest)
+            # It was measured by folds then, and has learned images of today's hold-out.
+            or not dataset.holdout.isdisjoint(live.out_of_fold)
         ):
             return None
         if len(dataset.samples) < WARM_START_FROM:
@@ -239,12 +219,12 @@ class Teacher:
             budget=self._settings.train_budget,
             span=(0.1, 0.9),
         )
-        found = self._predict(result.detector, held)
+        found = self._predict(result.detector, held, {"stage": "holdout"}, (0.9, 0.93))
         words = f"hold-out of {len(held)} images"
         return _Measured(result, held, [found[s.key] for s in held], False, words)
 
     def _by_folds(self, dataset: Dataset) -> _Measured:
-        """Each fold's detector judges the images it has not seen; the version learns from all."""
+        """Measures each fold by a detector trained on the others, and trains one on all images."""
         by_key = {s.key: s for s in dataset.samples}
         groups, parted = fold_groups(dataset.task_of, dataset.clip_of)
         parts = folds(groups, min(FOLDS, len(set(groups.values()))), seed=0)
@@ -260,9 +240,14 @@ class Teacher:
                 budget=budget * FOLDS_SHARE / len(parts),
                 span=(begin, begin + 0.4 / len(parts)),
                 seed=number,
-                words=f"fold {number + 1} of {len(parts)}, ",
+                fold={"fold": number + 1, "folds": len(parts)},
             )
-            found |= self._predict(fold.detector, [by_key[key] for key in sorted(part)])
+            found |= self._predict(
+                fold.detector,
+                [by_key[key] for key in sorted(part)],
+                {"stage": "fold", "fold": number + 1, "folds": len(parts)},
+                (begin + 0.4 / len(parts),) * 2,
+            )
         result = self._train(
             dataset.labels,
             list(dataset.samples),
@@ -290,12 +275,13 @@ class Teacher:
         budget: float,
         span: tuple[float, float],
         seed: int = 0,
-        words: str = "",
+        fold: Mapping[str, int] | None = None,
     ) -> TrainingResult:
         low, high = span
 
         def tell(progress: Progress) -> None:
-            self._progress(low + (high - low) * progress.fraction, words + progress.message)
+            stage = Reason(progress.stage.code, {**progress.stage.values, **(fold or {})})
+            self._progress(low + (high - low) * progress.fraction, stage)
 
         return train(
             self._preset,
@@ -312,68 +298,61 @@ class Teacher:
             on_progress=tell,
         )
 
-    def _predict(self, detector: Detector, samples: Sequence[Sample]) -> dict[str, Detections]:
-        return predict_samples(detector, samples, max_pixels=self._settings.image_max_pixels)
+    def _predict(
+        self,
+        detector: Detector,
+        samples: Sequence[Sample],
+        stage: Mapping[str, object],
+        span: tuple[float, float],
+    ) -> dict[str, Detections]:
+        low, high = span
+
+        def tell(fraction: float) -> None:
+            self._progress(
+                low + (high - low) * fraction, reason(Code.MEASURING, **stage, share=fraction)
+            )
+
+        return predict_samples(
+            detector, samples, max_pixels=self._settings.image_max_pixels, on_progress=tell
+        )
 
     def _of_live(
         self, live: Live, samples: Sequence[Sample], labels: tuple[str, ...]
     ) -> list[Detections]:
-        unseen = [s for s in samples if s.key not in live.honest]
-        found = {**live.honest, **self._predict(live.detector, unseen)}
+        """Answers the live version's predictions of samples: out of fold where it learned them."""
+        unseen = [s for s in samples if s.key not in live.out_of_fold]
+        found = {
+            **live.out_of_fold,
+            **self._predict(live.detector, unseen, {"stage": "live"}, (0.93, 0.96)),
+        }
         return [relabel(found[s.key], live.detector.labels, labels) for s in samples]
 
-    def _reference(
-        self,
-        dataset: Dataset,
-        detector: Detector,
-        predictions: Sequence[Detections],
-        evaluation: Evaluation,
-    ) -> Reference:
+    def _reference(self, dataset: Dataset, detector: Detector, assessment: Assessment) -> Reference:
         counts = dataset.boxes_by_label()
-        ap50 = [evaluation.per_class[label].ap50 for label in dataset.labels]
+        ap50 = [assessment.evaluation.per_class[label].ap50 for label in dataset.labels]
         weights = label_weights(ap50, [counts[label] for label in dataset.labels])
         # One image of each clip: its frames would make every other look novel.
         firsts = {dataset.clip_of[s.key]: s for s in reversed(dataset.samples)}
-        seen = self._predict(detector, list(firsts.values()))
+        stage = {"stage": "embedding"}
+        seen = self._predict(detector, list(firsts.values()), stage, (0.97, 1.0))
         rows = [d.embedding for d in seen.values() if d.embedding is not None]
         return Reference(
             weights=weights,
-            uncertainties=np.sort([image_uncertainty(p, weights) for p in predictions]),
+            uncertainties=np.sort([image_uncertainty(p, weights) for p in assessment.predictions]),
             embeddings=np.stack(rows) if rows else np.zeros((0, 1), np.float32),
         )
 
 
 def _holdout_serves(dataset: Dataset) -> bool:
-    """Whether it is large enough to measure, and leaves enough to learn from."""
+    """Tells whether the hold-out is large enough to measure, and leaves enough to learn from."""
     images = len(dataset.samples)
     return images >= SMALL and 0 < len(dataset.holdout) <= images / 2
 
 
-def _calibrated(measured: _Measured, dataset: Dataset) -> list[Detections]:
-    """The predictions, calibrated by what was found in other clips' images."""
-    keys = [s.key for s in measured.samples]
+def _calibration_parts(samples: Sequence[Sample], dataset: Dataset) -> Sequence[Collection[str]]:
+    """Divides samples so that the images of a clip share a part."""
+    keys = [s.key for s in samples]
     groups, _ = fold_groups(
         {key: dataset.task_of[key] for key in keys}, {key: dataset.clip_of[key] for key in keys}
     )
-    parts = folds(groups, min(CALIBRATION_PARTS, len(set(groups.values()))), seed=0)
-    found: dict[str, Detections] = {}
-    for part in parts:
-        others = [i for i, key in enumerate(keys) if key not in part or len(parts) == 1]
-        curves = fit_calibration(
-            [measured.predictions[i] for i in others],
-            [measured.samples[i] for i in others],
-            dataset.labels,
-        )
-        for key, prediction in zip(keys, measured.predictions, strict=True):
-            if key in part:
-                found[key] = calibrate(prediction, dataset.labels, curves)
-    return [found[key] for key in keys]
-
-
-def threshold_of(labels: Sequence[str], thresholds: Mapping[str, float]) -> npt.NDArray[np.float64]:
-    """float64 `[C]`: the threshold of each label; above any confidence where it has none."""
-    return np.array([thresholds.get(label, np.inf) for label in labels])
-
-
-def _shown(found: Detections, labels: Sequence[str], thresholds: Mapping[str, float]) -> Detections:
-    return shown(found, threshold_of(labels, thresholds)[found.labels])
+    return folds(groups, min(CALIBRATION_PARTS, len(set(groups.values()))), seed=0)

@@ -49,9 +49,27 @@ def _labelling(v: Mapping[str, Any]) -> str:
     return said
 
 
+_STAGES = {
+    "holdout": "the hold-out",
+    "fold": "the images of the fold",
+    "calibration": "calibration and thresholds",
+    "comparison": "comparison with the live version",
+    "live": "the live version",
+    "embedding": "embeddings of the images",
+}
+
+
+def _fold(v: Mapping[str, Any]) -> str:
+    return f"fold {v['fold']} of {v['folds']}, " if "folds" in v else ""
+
+
 def _training(v: Mapping[str, Any]) -> str:
-    fold = f"fold {v['fold']} of {v['folds']}, " if v.get("folds") else ""
-    return f"{fold}training: epoch {v['epoch']:.0f}, loss {v['loss']:.2f}"
+    return f"{_fold(v)}training: epoch {v['epoch']:.0f}, loss {v['loss']:.2f}"
+
+
+def _measuring(v: Mapping[str, Any]) -> str:
+    share = f", {v['share']:.0%}" if "share" in v else ""
+    return f"{_fold(v)}measuring: {_STAGES[v['stage']]}{share}"
 
 
 WORDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
@@ -97,9 +115,14 @@ WORDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     Code.LABEL_STUDIO_FAILS: lambda v: str(v["detail"]),
     Code.UNEXPECTED_ERROR: lambda v: str(v["detail"]),
     Code.READING_BACK: lambda v: "reading back what changed in Label Studio",
-    Code.READING_IMAGES: lambda v: f"reading images: {v['done']} of {v['total']}",
+    Code.READING_IMAGES: lambda v: f"{_fold(v)}reading images: {v['done']} of {v['total']}",
     Code.TRAINING: _training,
-    Code.MEASURING: lambda v: "measuring",
+    Code.MEASURING: _measuring,
+    Code.CAMPAIGN_ROUND: lambda v: (
+        f"{v['images']} images labelled; {v['stage']} ({v['share']:.0%})"
+    ),
+    Code.CAMPAIGN: lambda v: f"{v['number']} of {v['total']}: {v['stage']}",
+    Code.CAMPAIGNS_DONE: lambda v: f"{v['total']} campaigns are done",
     Code.LABELLING: _labelling,
     Code.CHOOSING: lambda v: f"looked at {v['done']} of {v['total']} images",
     Code.SHARDS_RUN: lambda v: f"{v['done']} of {v['total']} shards done",

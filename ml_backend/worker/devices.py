@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from ml_backend.settings import Settings
 
 _LIST = (
-    "import sys; from ml_backend.detection.device import serving_devices; "
+    "import sys; from ml_backend.serving.own_device import serving_devices; "
     "print(*serving_devices(sys.argv[1]))"
 )
 

@@ -10,7 +10,6 @@ the smaller sizes are measured on the same images.
 from __future__ import annotations
 
 import json
-import os
 import random
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,10 +23,11 @@ from rich.table import Table
 from ml_backend.datasets.reader import read_dataset
 from ml_backend.detection.detector import Detector
 from ml_backend.detection.evaluation import bootstrap_interval, evaluate
+from ml_backend.detection.prediction import predict_samples
 from ml_backend.detection.presets import preset_named
 from ml_backend.detection.training import Progress, TrainingResult, train
 from ml_backend.detection.types import Sample
-from ml_backend.training.out_of_fold import predict_samples
+from ml_backend.machine import usable_cores
 
 _SMALLEST_TEST = 55
 _err = Console(stderr=True)
@@ -69,7 +69,7 @@ def main(
                 newest = result.detector
         before = newest
     if as_json:
-        print(json.dumps({"cores": os.cpu_count(), "torch": torch.__version__, "rows": rows}))
+        print(json.dumps({"cores": usable_cores(), "torch": torch.__version__, "rows": rows}))
         return
     table = Table("images", "start", "tested on", "AP50", "90 % interval", *labels, "AP", "seconds")
     for row in rows:
@@ -109,7 +109,7 @@ def _train(
             device=device,
             seed=seed,
             budget_seconds=budget,
-            threads=os.cpu_count(),
+            threads=usable_cores(),
             on_progress=tell,
         )
 

@@ -7,6 +7,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ml_backend.detection.presets import PRESETS
+from ml_backend.detection.presets.tiny import PRESET as TINY
 
-PRESET = replace(PRESETS["tiny"], min_size=224, max_size=320, steps=250, epochs=12)
+PRESET = replace(TINY, min_size=224, max_size=320, steps=250, epochs=12)

@@ -12,18 +12,17 @@ import torch
 
 from ml_backend.demo.shapes import SHAPES, generate
 from ml_backend.detection.detector import Detector
-from ml_backend.detection.presets import PRESETS, Preset, preset_named
+from ml_backend.detection.presets import Preset, preset_named
+from ml_backend.detection.presets.tiny import PRESET as TINY
 from ml_backend.detection.types import Detections, Sample
 from ml_backend.settings import load_settings
 from ml_backend.training import trainer as module
 from ml_backend.training.dataset import Dataset
-from ml_backend.training.trainer import Lesson, Live, Teacher
+from ml_backend.training.trainer import Live, Trainer, TrainingOutcome
 
 CPU = torch.device("cpu")
 LABELS = SHAPES[:3]
-SHORT = replace(
-    PRESETS["tiny"], name="short", min_size=64, max_size=96, batch_size=2, steps=2, epochs=0
-)
+SHORT = replace(TINY, name="short", min_size=64, max_size=96, batch_size=2, steps=2, epochs=0)
 OTHER = replace(SHORT, name="other", min_size=96)
 
 
@@ -53,67 +52,65 @@ def _dataset(
     )
 
 
-def _teach(
+def _fit(
     folder: Path, dataset: Dataset, live: Live | None = None, weights: str = "none"
-) -> Lesson:
+) -> TrainingOutcome:
     settings = {
         "MODEL_DIR": str(folder),
-        "ML_BACKEND_PRESET": "tests.test_lesson:SHORT",
+        "ML_BACKEND_PRESET": "tests.test_trainer:SHORT",
         "ML_BACKEND_WEIGHTS": weights,
         "ML_BACKEND_TRAIN_THREADS": "1",
     }
-    return Teacher(load_settings(settings), CPU, lambda *_: None).teach(dataset, live)
+    return Trainer(load_settings(settings), CPU, lambda *_: None).fit(dataset, live)
 
 
 @pytest.mark.parametrize("images", [9, 12])
-def test_images_that_all_look_alike_are_learned_and_said_to_be_so(
-    tmp_path: Path, images: int
-) -> None:
-    lesson = _teach(tmp_path, _dataset(tmp_path, images, dict.fromkeys(range(images), 0)))
-    assert len(lesson.out_of_fold) == images
-    assert lesson.how == (
+def test_fit_images_that_all_look_alike_trains_and_says_so(tmp_path: Path, images: int) -> None:
+    outcome = _fit(tmp_path, _dataset(tmp_path, images, dict.fromkeys(range(images), 0)))
+    assert len(outcome.out_of_fold) == images
+    assert outcome.measured_on == (
         f"3 folds over {images} images; most of them look alike, and were learned from as well as "
         "measured on: the figures are optimistic"
     )
 
 
-def test_images_that_differ_are_measured_without_a_remark(tmp_path: Path) -> None:
-    lesson = _teach(tmp_path, _dataset(tmp_path, 9, {1: 0, 2: 0}))
-    assert lesson.how == "3 folds over 9 images"
+def test_fit_images_that_differ_are_measured_without_a_remark(tmp_path: Path) -> None:
+    outcome = _fit(tmp_path, _dataset(tmp_path, 9, {1: 0, 2: 0}))
+    assert outcome.measured_on == "3 folds over 9 images"
 
 
-def test_a_holdout_of_nearly_everything_leaves_too_little_to_learn(tmp_path: Path) -> None:
+def test_fit_holdout_of_nearly_everything_measures_by_folds(tmp_path: Path) -> None:
     # One that measures from the beginning; then a camera that shows nothing but its like.
     clips = dict.fromkeys(range(2, 12), 2)
-    lesson = _teach(tmp_path, _dataset(tmp_path, 12, clips, holdout=range(2, 12)))
-    assert lesson.how.startswith("3 folds over 12 images")
+    outcome = _fit(tmp_path, _dataset(tmp_path, 12, clips, holdout=range(2, 12)))
+    assert outcome.measured_on.startswith("3 folds over 12 images")
     some = _dataset(tmp_path, 12, {}, holdout=range(3))
-    assert _teach(tmp_path, some).how == "hold-out of 3 images"
+    assert _fit(tmp_path, some).measured_on == "hold-out of 3 images"
 
 
-def _live(preset: Preset, honest: Mapping[str, Detections] | None = None) -> Live:
+def _live(preset: Preset, out_of_fold: Mapping[str, Detections] | None = None) -> Live:
     detector = Detector.pretrained(preset, LABELS, "none", CPU)
-    return Live("v1", detector, honest or {})
+    return Live("v1", detector, out_of_fold or {})
 
 
-def test_a_training_goes_on_from_a_live_version_that_is_like_it(tmp_path: Path) -> None:
+def test_fit_live_version_of_same_preset_starts_warm(tmp_path: Path) -> None:
     dataset = _dataset(tmp_path, 12, {}, holdout=range(3))
-    assert _teach(tmp_path, dataset, _live(preset_named("tests.test_lesson:SHORT", CPU))).warm
+    assert _fit(tmp_path, dataset, _live(preset_named("tests.test_trainer:SHORT", CPU))).warm
     # Another preset was set since.
-    other = _teach(tmp_path, dataset, _live(OTHER))
+    other = _fit(tmp_path, dataset, _live(OTHER))
     assert not other.warm
     assert (other.detector.preset.name, other.detector.preset.min_size) == ("short", 64)
     # Measured by folds, it has learned what measures now.
     learned = _live(SHORT, {"2-image": Detections.empty()})
-    assert not _teach(tmp_path, dataset, learned).warm
-    assert _teach(tmp_path, dataset, _live(SHORT, {"3-image": Detections.empty()})).warm
+    assert not _fit(tmp_path, dataset, learned).warm
+    assert _fit(tmp_path, dataset, _live(SHORT, {"3-image": Detections.empty()})).warm
 
 
-def test_folds_never_start_from_what_has_learned_their_images(tmp_path: Path) -> None:
-    assert not _teach(tmp_path, _dataset(tmp_path, 12, {}), _live(SHORT)).warm
+def test_fit_by_folds_never_starts_warm(tmp_path: Path) -> None:
+    assert not _fit(tmp_path, _dataset(tmp_path, 12, {}), _live(SHORT)).warm
 
 
-def test_a_new_label_does_not_outweigh_what_the_others_lose(
+def test_fit_label_new_to_live_version_is_left_out_of_the_comparison(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = _dataset(tmp_path, 9, {})
@@ -124,20 +121,20 @@ def test_a_new_label_does_not_outweigh_what_the_others_lose(
         s.key: Detections(s.boxes, np.full(len(s.labels), 0.9, np.float32), s.labels)
         for s in dataset.samples
     }
-    monkeypatch.setattr(Teacher, "_of_live", lambda *_: [perfect[s.key] for s in dataset.samples])
-    comparison = _teach(tmp_path, dataset, live).comparison
+    monkeypatch.setattr(Trainer, "_of_live", lambda *_: [perfect[s.key] for s in dataset.samples])
+    comparison = _fit(tmp_path, dataset, live).comparison
     assert comparison is not None
     deltas = [comparison.per_class[label].delta for label in LABELS[:2]]
     assert comparison.delta == pytest.approx(sum(deltas) / 2)
 
 
-def test_few_images_start_from_pretrained_weights_where_there_are_any(
+def test_fit_few_images_with_pretrained_weights_starts_from_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = _dataset(tmp_path, 12, {}, holdout=range(3))
-    live = _live(preset_named("tests.test_lesson:SHORT", CPU))
+    live = _live(preset_named("tests.test_trainer:SHORT", CPU))
     weights = tmp_path / "weights.pth"
     torch.save(live.detector.module.state_dict(), weights)
-    assert not _teach(tmp_path, dataset, live, str(weights)).warm
+    assert not _fit(tmp_path, dataset, live, str(weights)).warm
     monkeypatch.setattr(module, "WARM_START_FROM", 12)
-    assert _teach(tmp_path, dataset, live, str(weights)).warm
+    assert _fit(tmp_path, dataset, live, str(weights)).warm

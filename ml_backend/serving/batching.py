@@ -1,4 +1,4 @@
-"""Requests that arrive together share batches: one thread runs the detector, the others wait."""
+"""Runs images that are asked for together in shared batches: one thread predicts, others wait."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class BatchingPredictor:
     """Predicts single images in shared batches.
 
     Args:
-        detector: what predicts; only this predictor's thread runs it.
+        detector: run by this predictor's thread alone.
         device_lock: held while it runs, where several predictors share a device.
     """
 
@@ -50,32 +50,32 @@ class BatchingPredictor:
         self._thread.start()
 
     def submit(self, image: Image.Image) -> Future[Detections]:
-        """Asks for an image's detections.
+        """Requests the detections of an image.
 
         Args:
             image: RGB.
 
         Returns:
-            What will hold the detections, in the image's pixels; or the error that this image,
-            and no other of its batch, led to.
+            A future of the detections, in the image's pixels; or of the error that this image,
+            and no other of its batch, caused.
 
         Raises:
-            PredictorClosed: it was closed.
+            PredictorClosed: the predictor was closed.
         """
         if self._closed:
             raise PredictorClosed("the predictor was closed")
-        # Here, so that those who wait hold no more than the detector needs, and it need not wait.
+        # Reduced here, so that the queue holds small images and the detector need not wait.
         asked = _Asked(self._detector.prepare(image), Future())
         self._asked.put(asked)
         return asked.answer
 
     def close(self) -> None:
-        """Answers what was asked so far, and ends."""
+        """Answers the requests so far, then stops."""
         self._closed = True
         self._asked.put(None)
 
     def wait(self) -> None:
-        """Waits until what was closed has ended: its thread holds the detector no more."""
+        """Waits until the closed predictor's thread has ended and released the detector."""
         self._thread.join()
 
     def _run(self) -> None:
@@ -88,7 +88,7 @@ class BatchingPredictor:
                 return
 
     def _gather(self) -> tuple[list[_Asked], bool]:
-        """The next batch: the first image, and all that wait behind it, up to the limit."""
+        """Takes the next batch: the first image, and all that wait behind it, up to the limit."""
         first = self._asked.get()
         if first is None:
             return [], True
@@ -115,7 +115,7 @@ class BatchingPredictor:
                 self._most = max(1, len(batch) // 2)
                 torch.cuda.empty_cache()
                 _log.warning("out of memory: batches of %d from now on", self._most)
-            # One image may spoil a batch: halves, until it stands alone.
+            # One image may make a whole batch fail: halve the batch until that image stands alone.
             half = len(batch) // 2
             self._answer(batch[:half])
             self._answer(batch[half:])

@@ -1,0 +1,56 @@
+"""Gives each process of a server a GPU of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from ml_backend.detection.device import DevicesTaken, resolve_device
+
+
+def serving_devices(requested: str) -> list[torch.device]:
+    """Lists the devices that the processes of a server may own.
+
+    Raises:
+        DeviceError: as `resolve_device`.
+    """
+    device = resolve_device(requested)
+    if device.type == "cuda" and requested in {"auto", "cuda"}:
+        return [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    return [device]
+
+
+def own_device(devices: Sequence[torch.device], folder: Path) -> torch.device:
+    """Reserves one of several GPUs for this process, for as long as it lives; a CPU is shared.
+
+    Two processes on one GPU slow each other and hold the models twice.
+
+    Args:
+        devices: of which one is wanted.
+        folder: holds the lock files, common to the processes that compete.
+
+    Raises:
+        DevicesTaken: other processes own every GPU.
+    """
+    for device in devices:
+        if device.type == "cpu":
+            return device
+        lock = FileLock(folder / f"cuda-{device.index}.lock", blocking=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            continue
+        # The lock is released when the object is collected: it is kept as long as the process.
+        _OWNED.append(lock)
+        return device
+    names = ", ".join(map(str, devices))
+    raise DevicesTaken(
+        f"{names}: another process serves on {'it' if len(devices) == 1 else 'each of them'}",
+        len(devices),
+    )
+
+
+_OWNED: list[FileLock] = []
