@@ -1,6 +1,6 @@
-"""A preset whose training takes a second, for tests of what is around it.
+"""Define presets whose trainings are short.
 
-While there is a file of the name in `TEST_HOLD`, its trainings wait.
+While a file of the name in `TEST_HOLD` exists, their trainings wait.
 """
 
 from __future__ import annotations
@@ -24,3 +24,6 @@ def _build(outputs: int) -> nn.Module:
 PRESET = replace(
     PRESETS["tiny"], name="quick", build=_build, min_size=64, max_size=96, steps=4, epochs=1
 )
+"""Trains for a second and learns nothing, for tests of the code around a training."""
+LEARNING = replace(PRESET, name="learning", min_size=120, max_size=160, steps=800)
+"""Learns shapes on images of 160 x 120 pixels from scratch, in two minutes of CPU time."""
