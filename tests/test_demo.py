@@ -1,4 +1,4 @@
-"""`make demo`: what a newcomer tries first comes up, connected, and again."""
+"""`make demo` starts, connects its project, and goes on with it at the next start."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.conftest import label_studio_program
 
 
-def test_the_demo_comes_up_and_comes_up_again(tmp_path: Path) -> None:
+def test_demo_started_twice_goes_on_with_its_project(tmp_path: Path) -> None:
     command = [
         *(sys.executable, "-m", "ml_backend.demo", "--exit-when-ready"),
         *("--label-studio", str(label_studio_program()), "--data", str(tmp_path / "demo")),

@@ -29,7 +29,7 @@ ANNOTATED = 120
 """Images that the first training learns from, without pretrained weights."""
 UNSEEN = 30
 STARRED = 40
-WITHIN = 400
+WITHIN = 900
 """Seconds in which a training must end. A training stops after its preset's steps, not by time."""
 # An average precision counts every box, so that those with a low score must be shown as well.
 EVERY_BOX = LABEL_CONFIG.replace(
@@ -232,7 +232,7 @@ def connected(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Connected:
     """Connect a project twice."""
-    images = generate(ANNOTATED + UNSEEN, seed=1, width=160, height=120, most=3)
+    images = generate(ANNOTATED + UNSEEN, seed=1, width=128, height=96, most=3)
     site = Site(label_studio, "The whole loop", images, EVERY_BOX)
     tasks = list(site.images)
     settings = {
@@ -332,7 +332,7 @@ def second(connected: Connected, first: Trained) -> Trained:
     """Add a label and annotate images with it; wait for the training and for auto-labelling."""
     site, backend = connected.site, connected.backend
     site.call("PATCH", f"/api/projects/{site.project}/", {"label_config": WITH_STAR})
-    images = generate(STARRED + 15, seed=2, shapes=SHAPES, width=160, height=120, most=3)
+    images = generate(STARRED + 15, seed=2, shapes=SHAPES, width=128, height=96, most=3)
     starred = site.add(images)
     site.annotate(starred[:STARRED])
     job = wait_for_training(backend, after=first.job)
