@@ -122,7 +122,7 @@ def prepared_label_studio(cache: Path) -> Path:
     prepared = cache / version.stem
     with FileLock(cache / f"{version.stem}.lock"):
         if not prepared.is_dir():
-            unfinished = prepared.with_suffix(".unfinished")
+            unfinished = cache / f"{version.stem}.unfinished"
             shutil.rmtree(unfinished, ignore_errors=True)
             with LabelStudioServer(program, unfinished, login=LOGIN):
                 pass

@@ -10,6 +10,7 @@ import resource
 import threading
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +145,8 @@ def _processes(backend: RunningBackend) -> dict[str, list[psutil.Process]]:
         except (psutil.NoSuchProcess, AttributeError):
             continue
         for name, part in (
-            ("training", "training_process"),
-            ("auto-labelling", "autolabel_process"),
+            ("training", "ml_backend.programs.train"),
+            ("auto-labelling", "ml_backend.programs.predict"),
             ("worker", "ml_backend.cli worker"),
         ):
             if part in words:
@@ -167,6 +168,47 @@ def _answers(backend: RunningBackend) -> bool:
         return False
 
 
+def _assert_acknowledged_are_stored(seen: Backend, acknowledged: set[int]) -> None:
+    with seen.database.reading() as session:
+        stored = set(session.scalars(select(Annotation.label_studio_id)))
+    assert acknowledged <= stored
+
+
+def _assert_each_project_has_one_live_version_that_loads(seen: Backend) -> None:
+    with seen.database.reading() as session:
+        for project in session.scalars(select(Project)):
+            (live,) = session.scalars(
+                select(ModelVersion.name).where(
+                    ModelVersion.project_id == project.id, ModelVersion.state == "live"
+                )
+            ).all()
+            assert live == project.live_version
+            Detector.load(seen.registry.existing(project.key, live), torch.device("cpu"))
+
+
+def _let_abandoned_jobs_be_taken_over(seen: Backend, killed_at: datetime) -> None:
+    """Pretend that the time has passed after which a silent job counts as abandoned."""
+    with seen.database.session() as session:
+        session.execute(
+            update(Job)
+            .where(Job.state == "running", Job.heartbeat_at < killed_at)
+            .values(heartbeat_at=now() - 2 * STALE_AFTER)
+        )
+
+
+def _all_jobs_ended(seen: Backend) -> bool:
+    """Return whether every training and auto-labelling has ended; retries are due at once."""
+    with seen.database.session() as session:
+        session.execute(
+            update(Job).where(Job.state == "queued", Job.kind != "tidy").values(not_before=None)
+        )
+        projects = session.scalars(select(Project)).all()
+        busy = session.scalars(
+            select(Job).where(Job.state.in_(("waiting", "queued", "running")), Job.kind != "tidy")
+        ).all()
+    return not busy and all(p.trained_revision >= p.revision for p in projects)
+
+
 def test_running_backend_processes_killed_loses_doubles_and_blocks_nothing(
     label_studio: LabelStudioServer, running: RunningBackend, seen: Backend
 ) -> None:
@@ -178,25 +220,8 @@ def test_running_backend_processes_killed_loses_doubles_and_blocks_nothing(
     make_live(seen, detector, "v0", key=ELSEWHERE, label_config=LABEL_CONFIG)
     running.start()
 
-    def everything_acknowledged_is_there(acknowledged: set[int]) -> None:
-        with seen.database.reading() as session:
-            stored = set(session.scalars(select(Annotation.label_studio_id)))
-        assert acknowledged <= stored
-
-    def one_of_each_is_live_and_loads() -> None:
-        with seen.database.reading() as session:
-            for project in session.scalars(select(Project)):
-                (live,) = session.scalars(
-                    select(ModelVersion.name).where(
-                        ModelVersion.project_id == project.id, ModelVersion.state == "live"
-                    )
-                ).all()
-                assert live == project.live_version
-                folder = seen.registry.existing(project.key, live)
-                Detector.load(folder, torch.device("cpu"))
-
     chance = random.Random(0)
-    killed_in_words = set()
+    reasons = set()
     with Annotators(running) as annotators:
         for seed, name in enumerate(VICTIMS):
             if name == "auto-labelling":
@@ -204,7 +229,8 @@ def test_running_backend_processes_killed_loses_doubles_and_blocks_nothing(
             victims = wait_for(
                 functools.partial(_named, running, name), within=60, what=name, every=0.02
             )
-            # A training and auto-labelling both need three seconds to begin.
+            # A random moment of the process's life: a training and auto-labelling both need three
+            # seconds to begin.
             time.sleep(chance.uniform(0, 4 if name in ("training", "auto-labelling") else 1))
             killed_at = now()
             for victim in victims:
@@ -221,39 +247,22 @@ def test_running_backend_processes_killed_loses_doubles_and_blocks_nothing(
                 what="annotations are acknowledged again",
             )
             if name in ("worker", "everything"):
-                # Pretend that the time has passed after which a silent job counts as abandoned.
-                with seen.database.session() as session:
-                    session.execute(
-                        update(Job)
-                        .where(Job.state == "running", Job.heartbeat_at < killed_at)
-                        .values(heartbeat_at=now() - 2 * STALE_AFTER)
-                    )
-            everything_acknowledged_is_there(set(annotators.acknowledged))
-            one_of_each_is_live_and_loads()
+                _let_abandoned_jobs_be_taken_over(seen, killed_at)
+            _assert_acknowledged_are_stored(seen, set(annotators.acknowledged))
+            _assert_each_project_has_one_live_version_that_loads(seen)
             with seen.database.reading() as session:
-                killed_in_words |= {
-                    job.reason.partition(";")[0] for job in session.scalars(select(Job))
-                }
+                reasons |= {job.reason.partition(";")[0] for job in session.scalars(select(Job))}
     assert len(annotators.acknowledged) > len(VICTIMS)
-    assert "the training was killed (out of memory, most likely)" in killed_in_words
+    assert "the training was killed (out of memory, most likely)" in reasons
 
-    def all_ended() -> bool:
-        with seen.database.session() as session:
-            # Retries are due at once.
-            session.execute(
-                update(Job).where(Job.state == "queued", Job.kind != "tidy").values(not_before=None)
-            )
-            projects = session.scalars(select(Project)).all()
-            busy = session.scalars(
-                select(Job).where(
-                    Job.state.in_(("waiting", "queued", "running")), Job.kind != "tidy"
-                )
-            ).all()
-        return not busy and all(p.trained_revision >= p.revision for p in projects)
-
-    wait_for(all_ended, within=120, what=f"every job ends: {running.tail()}", every=1)
-    everything_acknowledged_is_there(annotators.acknowledged)
-    one_of_each_is_live_and_loads()
+    wait_for(
+        functools.partial(_all_jobs_ended, seen),
+        within=120,
+        what=f"every job ends: {running.tail()}",
+        every=1,
+    )
+    _assert_acknowledged_are_stored(seen, annotators.acknowledged)
+    _assert_each_project_has_one_live_version_that_loads(seen)
     held = predictions_held(label_studio, number)
     assert set(held.values()) == {1}
     with seen.database.reading() as session:

@@ -79,7 +79,7 @@ def annotate(server: LabelStudioServer, tasks: Mapping[int, ShapeImage]) -> None
 
 
 def regions(image: ShapeImage) -> list[dict[str, Any]]:
-    """Return the regions of a generated image as the browser sends them, in percent of the image."""
+    """Return a generated image's regions as the browser sends them, in percent of the image."""
     width, height = image.image.size
     return [
         {
