@@ -38,7 +38,12 @@ from tests.distributed import PostgreSQL, running_postgresql, running_redis
 ROOT = Path(__file__).parents[1]
 CAPTURES = Path(__file__).parent / "captures"
 
-GROUPS = {"label_studio": "label_studio", "make_backend": "server", "run_backend": "server"}
+GROUPS = {
+    "label_studio": "label_studio",
+    "label_studio_cache": "label_studio",
+    "make_backend": "server",
+    "run_backend": "server",
+}
 """The marker that a test gets for asking, itself or through another fixture, for a fixture."""
 
 LOGIN = Login("admin@example.com", "not-a-secret-of-anyone", "0123456789abcdef" * 2 + "01234567")
@@ -87,15 +92,21 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def label_studio(
+def label_studio_cache(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Return the folder for `prepared_label_studio`, which other processes and runs share."""
+    cache = request.config.cache
+    return cache.mkdir("label-studio") if cache else tmp_path_factory.mktemp("prepared")
+
+
+@pytest.fixture(scope="session")
+def label_studio(
+    label_studio_cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LabelStudioServer]:
     """Run a real Label Studio for all tests of this process; each test makes its own projects."""
     folder = tmp_path_factory.mktemp("label-studio") / "data"
-    # The cache is shared by the processes of pytest-xdist, and kept between runs.
-    cache = request.config.cache
-    prepared = cache.mkdir("label-studio") if cache else tmp_path_factory.mktemp("prepared")
-    shutil.copytree(prepared_label_studio(prepared), folder)
+    shutil.copytree(prepared_label_studio(label_studio_cache), folder)
     with LabelStudioServer(label_studio_program(), folder, login=LOGIN) as server:
         yield server
 
