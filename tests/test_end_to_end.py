@@ -25,7 +25,7 @@ from ml_backend.label_studio.label_config import parse_label_config
 from ml_backend.label_studio.regions import read_regions
 from tests.conftest import ROOT, MakeBackend, RunBackend, RunningBackend, ask, wait_for
 
-ANNOTATED = 120
+ANNOTATED = 200
 """Images that the first training learns from, without pretrained weights."""
 UNSEEN = 30
 STARRED = 40
