@@ -19,7 +19,7 @@ demo: $(VENV)/.installed $(LABEL_STUDIO_VENV)/.installed ## Label Studio and the
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/.installed-dev lint ## what one runs while working: no Label Studio, no server, no long training
-	$(PYTEST) -m "not label_studio and not server and not slow"
+	$(PYTEST) -m "not label_studio and not server and not slow" --durations=15 --durations-min=5
 
 test: $(VENV)/.installed-dev $(LABEL_STUDIO_VENV)/.installed lint ## everything, against a real Label Studio
 	$(PYTEST)
