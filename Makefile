@@ -6,7 +6,7 @@ LABEL_STUDIO_VENV := .venv-label-studio
 LABEL_STUDIO_VERSION := 1.23.2
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: run demo test clean
+.PHONY: run demo check test lint clean
 
 run: $(VENV)/.installed ## serve on http://127.0.0.1:9090
 	$(VENV)/bin/ml-backend serve
@@ -14,13 +14,20 @@ run: $(VENV)/.installed ## serve on http://127.0.0.1:9090
 demo: $(VENV)/.installed $(LABEL_STUDIO_VENV)/.installed ## Label Studio and the backend, with a generated project
 	$(VENV)/bin/python -m ml_backend.demo --label-studio $(LABEL_STUDIO_VENV)/bin/label-studio
 
-# Two at a time with a thread each: two that take every core slow each other far more than two-fold.
-test: $(VENV)/.installed-dev $(LABEL_STUDIO_VENV)/.installed ## everything, against a real Label Studio
+# Each process of pytest computes with one thread: two processes that both use every core slow each
+# other down by far more than a factor of two.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+
+check: $(VENV)/.installed-dev lint ## what one runs while working: no Label Studio, no server, no long training
+	$(PYTEST) -m "not label_studio and not server and not slow" --durations=15 --durations-min=5
+
+test: $(VENV)/.installed-dev $(LABEL_STUDIO_VENV)/.installed lint ## everything, against a real Label Studio
+	$(PYTEST)
+
+lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not alone"
-	$(VENV)/bin/python -m pytest -m alone
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,24 +1,32 @@
-"""What the tests stand on: a real Label Studio, and the backend started as a user starts it."""
+"""Provide the fixtures of the tests: a real Label Studio, databases, and running backends.
+
+`pytest_collection_modifyitems` marks each test by the fixtures that it uses, so that `make check`
+can leave out the tests that need a Label Studio or a running server.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
+from filelock import FileLock
 from hypothesis import settings
 
 from ml_backend.backend import Backend
 from ml_backend.demo.label_studio_server import (
     LabelStudioServer,
+    Login,
     free_port,
     wait_until_healthy,
 )
@@ -31,18 +39,38 @@ from tests.distributed import PostgreSQL, running_postgresql
 ROOT = Path(__file__).parents[1]
 CAPTURES = Path(__file__).parent / "captures"
 
-# Consoles take their size from these when they are made; tests set it when they run a command.
+GROUPS = {
+    "label_studio": "label_studio",
+    "label_studio_cache": "label_studio",
+    "make_backend": "server",
+    "run_backend": "server",
+}
+"""The marker that a test gets for asking, itself or through another fixture, for a fixture."""
+
+LOGIN = Login("admin@example.com", "not-a-secret-of-anyone", "0123456789abcdef" * 2 + "01234567")
+"""First user of the tests' Label Studio, who is stored in the prepared folder."""
+
+# Consoles read their size from these when they are made; tests set them for a command.
 for _name in ("COLUMNS", "LINES"):
     os.environ.pop(_name, None)
 
-# The same examples each time, so that a change is judged by itself; `--hypothesis-profile default`
-# explores.
+# The same examples in every run, so that a failure comes from the change under test;
+# `--hypothesis-profile default` draws new ones.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test with the groups of the fixtures that it uses."""
+    for item in items:
+        used = getattr(item, "fixturenames", ())
+        for group in {GROUPS[name] for name in used if name in GROUPS}:
+            item.add_marker(group)
+
+
 def capture(name: str) -> dict[str, Any]:
-    """The body of a request that a real Label Studio 1.23.2 sent: `POST_setup`, for example."""
+    """Return the body of a request that Label Studio 1.23.2 sent: `POST_setup`, for example."""
     content = json.loads((CAPTURES / f"{name}.json").read_text())
     body: dict[str, Any] = content["body"]
     return body
@@ -50,7 +78,7 @@ def capture(name: str) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A developer's own settings stay out of the tests."""
+    """Remove a developer's own settings from the environment."""
     for name in list(os.environ):
         if name.startswith(("ML_BACKEND_", "LABEL_STUDIO_", "BASIC_AUTH_")) or name in {
             "MODEL_DIR",
@@ -64,15 +92,27 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def label_studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabelStudioServer]:
-    """A real Label Studio, one for the whole run; each test makes a project of its own."""
-    folder = tmp_path_factory.mktemp("label-studio")
-    with LabelStudioServer(label_studio_program(), folder) as server:
+def label_studio_cache(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Return the folder for `prepared_label_studio`, which other processes and runs share."""
+    cache = request.config.cache
+    return cache.mkdir("label-studio") if cache else tmp_path_factory.mktemp("prepared")
+
+
+@pytest.fixture(scope="session")
+def label_studio(
+    label_studio_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LabelStudioServer]:
+    """Run a real Label Studio for all tests of this process; each test makes its own projects."""
+    folder = tmp_path_factory.mktemp("label-studio") / "data"
+    shutil.copytree(prepared_label_studio(label_studio_cache), folder)
+    with LabelStudioServer(label_studio_program(), folder, login=LOGIN) as server:
         yield server
 
 
 def label_studio_program() -> Path:
-    """Label Studio's program, from an environment of its own."""
+    """Return the path of Label Studio's program, which has an environment of its own."""
     program = Path(
         os.environ.get("TEST_LABEL_STUDIO", ROOT / ".venv-label-studio/bin/label-studio")
     )
@@ -81,16 +121,36 @@ def label_studio_program() -> Path:
     return program
 
 
+def prepared_label_studio(cache: Path) -> Path:
+    """Return a data folder in which Label Studio has migrated its database and made its user.
+
+    A first start takes 30 s of CPU time, nearly all for migrations; a start in a copy of this
+    folder takes 3 s. The folder is made once for each version of Label Studio.
+    """
+    program = label_studio_program()
+    environment = program.resolve().parents[1]
+    (version,) = environment.glob("lib/python*/site-packages/label_studio-*.dist-info")
+    prepared = cache / version.stem
+    with FileLock(cache / f"{version.stem}.lock"):
+        if not prepared.is_dir():
+            unfinished = cache / f"{version.stem}.unfinished"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            with LabelStudioServer(program, unfinished, login=LOGIN):
+                pass
+            unfinished.rename(prepared)
+    return prepared
+
+
 @pytest.fixture(scope="session")
 def postgresql() -> Iterator[PostgreSQL]:
-    """A PostgreSQL server, one for the whole run; each test empties its database first."""
+    """Run a PostgreSQL server for all tests of this process; each empties its database first."""
     with running_postgresql() as server:
         yield server
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Address of an empty database, as the settings give it: a test runs on each kind."""
+    """Return the address of an empty database of each kind, as `Settings.database` gives it."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'test.db'}"
     server: PostgreSQL = request.getfixturevalue("postgresql")
@@ -101,7 +161,7 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def ask(
     server: LabelStudioServer, method: str, path: str, body: object = None, **params: str
 ) -> Any:
-    """One request to Label Studio's API, as the user who owns its projects."""
+    """Send a request to Label Studio's API as the user who owns its projects; return its answer."""
     answer = requests.request(
         method,
         f"{server.url}{path}",
@@ -115,13 +175,13 @@ def ask(
 
 
 def predictions_held(server: LabelStudioServer, project: int) -> Counter[tuple[int, str]]:
-    """How many predictions Label Studio holds of each task, by each version."""
+    """Count the predictions that Label Studio holds, by task and model version."""
     found = ask(server, "GET", f"/api/predictions/?project={project}")
     return Counter((p["task"], p["model_version"]) for p in found)
 
 
 def predictions_by_task(server: LabelStudioServer, project: int) -> dict[int, Counter[str]]:
-    """The same, task by task."""
+    """Count the predictions of each model version that Label Studio holds, task by task."""
     found: dict[int, Counter[str]] = {}
     for (task, version), count in predictions_held(server, project).items():
         found.setdefault(task, Counter())[version] = count
@@ -129,11 +189,11 @@ def predictions_by_task(server: LabelStudioServer, project: int) -> dict[int, Co
 
 
 class RunningBackend:
-    """`ml-backend serve`, as a user starts it, with settings of one's own.
+    """Run `ml-backend serve` as a user does.
 
     Args:
-        folder: `MODEL_DIR` below it, and the log.
-        settings: more settings.
+        folder: holds the log, and `MODEL_DIR` below it.
+        settings: environment variables beside or instead of the usual ones.
     """
 
     def __init__(self, folder: Path, **settings: str) -> None:
@@ -159,19 +219,19 @@ class RunningBackend:
 
     @property
     def auth(self) -> tuple[str, str] | None:
-        """Its basic authentication."""
+        """The user and password of its basic authentication, if it has one."""
         if "BASIC_AUTH_USER" not in self.settings:
             return None
         return self.settings["BASIC_AUTH_USER"], self.settings["BASIC_AUTH_PASS"]
 
     @property
     def pid(self) -> int:
-        """Of `ml-backend serve`."""
+        """The process id of `ml-backend serve`."""
         assert self._process is not None
         return self._process.pid
 
     def start(self) -> None:
-        """Starts it and waits until it answers."""
+        """Start the backend and wait until it answers."""
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "ml_backend.cli", "serve"],
@@ -183,33 +243,33 @@ class RunningBackend:
         wait_until_healthy(self.url, self._process, self.log, within=120)
 
     def stop(self) -> None:
-        """Ends it as an admin does."""
+        """Send SIGTERM, as a service manager does, and wait for the end."""
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
             self._process.wait(60)
 
     def kill(self) -> None:
-        """kill -9."""
+        """Send SIGKILL and wait for the end."""
         assert self._process is not None
         self._process.kill()
         self._process.wait(10)
 
     def get(self, path: str) -> requests.Response:
-        """GET, with its credentials."""
+        """Send GET with its credentials."""
         return requests.get(self.url + path, auth=self.auth, timeout=60)
 
     def post(self, path: str, body: object, **headers: str) -> requests.Response:
-        """POST of JSON, with its credentials."""
+        """Send POST of JSON with its credentials."""
         return requests.post(
             self.url + path, json=body, auth=self.auth, headers=headers, timeout=200
         )
 
     def command(self, *arguments: str, status: int = 0) -> str:
-        """Runs `ml-backend …`; answers what it printed, fails where its exit status is another."""
+        """Run `ml-backend …`, check its exit status, and return its standard output."""
         return self._command(arguments, status).stdout
 
     def failing(self, *arguments: str) -> str:
-        """Runs a command that must fail; answers what it says of it."""
+        """Run `ml-backend …`, which must end with status 1; return its standard error."""
         said = self._command(arguments, 1).stderr
         assert "Traceback" not in said, said
         return said
@@ -227,37 +287,57 @@ class RunningBackend:
         return done
 
     def json(self, *arguments: str, status: int = 0) -> Any:
-        """Runs `ml-backend … --json`; answers what it says."""
+        """Run `ml-backend … --json`, check its exit status, and return the decoded output."""
         return json.loads(self.command(*arguments, "--json", status=status))
 
     def tail(self) -> str:
-        """The end of its log."""
+        """Return the last 4,000 characters of its log."""
         return self.log.read_text(errors="replace")[-4000:] if self.log.exists() else ""
 
 
 MakeBackend = Callable[..., RunningBackend]
+RunBackend = Callable[[RunningBackend], RunningBackend]
 
 
 @pytest.fixture
 def make_backend(tmp_path: Path) -> Iterator[MakeBackend]:
-    """Starts backends; all are ended with the test."""
-    started: list[RunningBackend] = []
+    """Return a function that starts a backend with given settings; all end with the test."""
+    with ExitStack() as running:
+        folders = (tmp_path / f"backend-{number}" for number in range(1000))
 
-    def make(**settings: str) -> RunningBackend:
-        folder = tmp_path / f"backend-{len(started)}"
-        folder.mkdir()
-        backend = RunningBackend(folder, **settings)
-        started.append(backend)
-        backend.start()
-        return backend
+        def make(**settings: str) -> RunningBackend:
+            folder = next(folders)
+            folder.mkdir()
+            backend = RunningBackend(folder, **settings)
+            running.callback(backend.stop)
+            backend.start()
+            return backend
 
-    yield make
-    for backend in started:
-        backend.stop()
+        yield make
+
+
+@pytest.fixture(scope="module")
+def run_backend() -> Iterator[RunBackend]:
+    """Return a function that starts a backend for all tests of a file, and ends it after them."""
+    with ExitStack() as running:
+
+        def run(backend: RunningBackend) -> RunningBackend:
+            running.callback(backend.stop)
+            backend.start()
+            return backend
+
+        yield run
 
 
 def wait_for(condition: Callable[[], Any], *, within: float, what: str, every: float = 0.25) -> Any:
-    """Waits until a condition answers something true; answers that."""
+    """Wait until a condition is true; return its value.
+
+    Args:
+        condition: asked again and again.
+        within: seconds after which the test fails.
+        what: what is waited for, for the failure's text.
+        every: seconds between two questions.
+    """
     until = time.monotonic() + within
     while time.monotonic() < until:
         if found := condition():
@@ -275,7 +355,19 @@ def make_live(
     label_config: str,
     boxes: Mapping[str, int] | None = None,
 ) -> Path:
-    """Makes a detector a project's live version, as a training does; answers its folder."""
+    """Make a detector the live version of a project, as a training does.
+
+    Args:
+        backend: where the project is stored; the project is added where it is missing.
+        detector: saved as the version.
+        name: of the version.
+        key: of the project.
+        label_config: of the project.
+        boxes: training boxes of each label that the version's card names; 5 each by default.
+
+    Returns:
+        The version's folder.
+    """
     project = backend.ingest.introduce(key, int(key.partition(".")[0]), label_config=label_config)
     counts = dict.fromkeys(detector.labels, 5) if boxes is None else dict(boxes)
     card = {

@@ -1,7 +1,7 @@
-"""PostgreSQL and Redis, as the tests start them: each with a folder and a port of its own.
+"""Start PostgreSQL and Redis for the tests, each with a folder and a port of its own.
 
-They are the Debian packages `postgresql` and `redis-server`; where one is missing, the tests that
-need it are skipped.
+The Debian packages `postgresql` and `redis-server` must be installed; where one is missing, the
+tests that need it are skipped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ml_backend.demo.label_studio_server import DidNotStart, free_port
 from ml_backend.worker.processes import die_with_parent
 
 _WITHIN = 60.0
-# A time zone that is not UTC, nor whole hours from it: what relies on the server's shows.
+# A time zone that is no whole number of hours from UTC shows where code relies on the server's.
 _SETTINGS = {
     "listen_addresses": "127.0.0.1",
     "unix_socket_directories": "",
@@ -39,8 +39,8 @@ class PostgreSQL:
     """A running PostgreSQL server.
 
     Attributes:
-        port: where it listens.
-        url: address of its database, as `DATABASE_URL` takes it.
+        port: the port on 127.0.0.1 where it listens.
+        url: the address of its database, as `DATABASE_URL` takes it.
     """
 
     def __init__(self, port: int) -> None:
@@ -48,11 +48,11 @@ class PostgreSQL:
         self.url = f"postgresql://tests@127.0.0.1:{port}/postgres"
 
     def connect(self) -> psycopg.Connection:
-        """A connection to its database."""
+        """Connect to its database."""
         return psycopg.connect(self.url, autocommit=True)
 
     def empty(self) -> None:
-        """Empties its database, whoever uses it."""
+        """Empty its database, after closing all other connections."""
         with self.connect() as connection:
             connection.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
@@ -65,10 +65,10 @@ class PostgreSQL:
 
 @contextmanager
 def running_postgresql() -> Iterator[PostgreSQL]:
-    """Starts PostgreSQL, and ends it; skips the test where it is not installed."""
+    """Run PostgreSQL while the context lasts; skip the test where it is not installed."""
     initdb = _program("initdb", "postgresql")
     server = PostgreSQL(free_port())
-    # It refuses to run as root.
+    # PostgreSQL refuses to run as root.
     account = pwd.getpwnam("postgres") if os.getuid() == 0 else pwd.getpwuid(os.getuid())
     with tempfile.TemporaryDirectory(prefix="postgresql-") as name:
         folder = Path(name)
@@ -98,7 +98,7 @@ def running_postgresql() -> Iterator[PostgreSQL]:
                 stderr=subprocess.STDOUT,
                 preexec_fn=die_with_parent,
             )
-        # At once: nothing of it is used again.
+        # SIGQUIT ends it at once: its data are not used again.
         with _ended(process, signal.SIGQUIT):
             _wait(process, folder / "log", lambda: server.connect().close())
             yield server
@@ -106,9 +106,9 @@ def running_postgresql() -> Iterator[PostgreSQL]:
 
 @contextmanager
 def running_redis() -> Iterator[str]:
-    """Starts Redis, which keeps nothing, and ends it; answers its address.
+    """Run Redis, which keeps nothing on disk, while the context lasts; yield its address.
 
-    The test is skipped where it is not installed.
+    The test is skipped where Redis is not installed.
     """
     program = _program("redis-server", "redis-server")
     port = free_port()
@@ -132,7 +132,7 @@ def running_redis() -> Iterator[str]:
 
 
 def _program(name: str, package: str) -> Path:
-    """A server's program: Debian keeps PostgreSQL's out of `PATH`."""
+    """Return the path of a server's program, which Debian may keep outside `PATH`."""
     if found := shutil.which(name):
         return Path(found)
     versions = Path("/usr/lib/postgresql").glob(f"*/bin/{name}")
@@ -148,7 +148,7 @@ def _wait(process: subprocess.Popen[bytes], log: Path, ask: Callable[[], object]
         try:
             ask()
         except (psycopg.OperationalError, redis.ConnectionError):
-            # Not yet up.
+            # The server is not up yet.
             time.sleep(0.05)
         else:
             return

@@ -1,4 +1,4 @@
-"""A host of images that answers as it is told: well, badly, or for ever."""
+"""Run a host of images that answers as a test says: well, badly, or without end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Answer = Callable[["Handler"], None]
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers one connection's requests."""
+    """Answer the requests of one connection."""
 
     protocol_version = "HTTP/1.1"
     server: ImageHost
@@ -22,7 +22,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.seen.append((self.path, self.headers.get("Authorization")))
         answer = self.server.answers.get(urlsplit(self.path).path, empty(404))
-        # The client may hang up on us in the middle; that is what some tests are about.
+        # Some tests let the client close the connection in the middle of an answer.
         with suppress(OSError):
             answer(self)
 
@@ -31,10 +31,16 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class ImageHost(ThreadingHTTPServer):
-    """Answers by path; `seen` holds each request's path and `Authorization`, `connections` counts.
+    """Answer requests by their path.
 
     Args:
-        address: where it listens; a free port where none is given.
+        address: host and port where it listens; port 0 takes a free one.
+
+    Attributes:
+        answers: the answer for each path; other paths are answered 404.
+        seen: path and `Authorization` of each request.
+        connections: number of connections so far.
+        closing: set when the host ends, so that endless answers end too.
     """
 
     daemon_threads = True
@@ -47,24 +53,24 @@ class ImageHost(ThreadingHTTPServer):
         self.closing = threading.Event()
 
     def verify_request(self, request: object, client_address: object) -> bool:
-        """Counts a connection, whether or not a request comes over it."""
+        """Count a connection, even if it carries no request."""
         self.connections += 1
         return True
 
     @property
     def url(self) -> str:
-        """Its address."""
+        """The host's address."""
         return f"http://{self.server_address[0]!s}:{self.server_port}"
 
     @property
     def tokens(self) -> list[str | None]:
-        """Each request's `Authorization`."""
+        """The `Authorization` of each request."""
         return [token for _, token in self.seen]
 
 
 @contextmanager
 def image_host(address: tuple[str, int] = ("127.0.0.1", 0)) -> Iterator[ImageHost]:
-    """A host of images that runs, and ends whatever it still answers."""
+    """Run a host of images while the context lasts; end its open answers with it."""
     with ImageHost(address) as host:
         threading.Thread(target=host.serve_forever, args=(0.02,), daemon=True).start()
         yield host
@@ -73,7 +79,7 @@ def image_host(address: tuple[str, int] = ("127.0.0.1", 0)) -> Iterator[ImageHos
 
 
 def sent(content: bytes = CONTENT, **headers: str) -> Answer:
-    """An answer with these bytes."""
+    """Return an answer with these bytes and headers."""
 
     def answer(handler: Handler) -> None:
         handler.send_response(200)
@@ -87,7 +93,7 @@ def sent(content: bytes = CONTENT, **headers: str) -> Answer:
 
 
 def until_closed(content: bytes) -> Answer:
-    """No Content-Length: the end of the connection is the end of the image."""
+    """Return an answer without Content-Length, which ends with the connection."""
 
     def answer(handler: Handler) -> None:
         handler.send_response(200)
@@ -99,7 +105,7 @@ def until_closed(content: bytes) -> Answer:
 
 
 def endless(handler: Handler) -> None:
-    """Chunks without end."""
+    """Send chunks without end."""
     handler.send_response(200)
     handler.send_header("Transfer-Encoding", "chunked")
     handler.end_headers()
@@ -108,7 +114,7 @@ def endless(handler: Handler) -> None:
 
 
 def empty(status: int) -> Answer:
-    """Nothing but a status."""
+    """Return an answer with a status and no body."""
 
     def answer(handler: Handler) -> None:
         handler.send_response(status)
@@ -119,7 +125,7 @@ def empty(status: int) -> Answer:
 
 
 def redirect(location: str, status: int = 302) -> Answer:
-    """Points elsewhere."""
+    """Return an answer that redirects to an address."""
 
     def answer(handler: Handler) -> None:
         handler.send_response(status)
@@ -131,7 +137,7 @@ def redirect(location: str, status: int = 302) -> Answer:
 
 
 def drip(handler: Handler) -> None:
-    """A byte at a time, 50 s in all."""
+    """Send a byte at a time, for 50 s."""
     handler.send_response(200)
     handler.send_header("Content-Length", "1000")
     handler.end_headers()
@@ -142,7 +148,7 @@ def drip(handler: Handler) -> None:
 
 
 def stall(handler: Handler) -> None:
-    """Half of it, and then nothing."""
+    """Send half of the body, and then nothing for 50 s."""
     handler.send_response(200)
     handler.send_header("Content-Length", "1000")
     handler.end_headers()
@@ -151,5 +157,5 @@ def stall(handler: Handler) -> None:
 
 
 def silence(handler: Handler) -> None:
-    """Takes the request and never answers."""
+    """Read the request and send nothing for 50 s."""
     handler.server.closing.wait(50)

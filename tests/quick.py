@@ -1,6 +1,6 @@
-"""A preset whose training takes a second, for tests of what is around it.
+"""Define presets whose trainings are short.
 
-Its trainings wait while the file that `TEST_HOLD` names exists.
+While a file of the name in `TEST_HOLD` exists, their trainings wait.
 """
 
 from __future__ import annotations
@@ -32,3 +32,8 @@ PRESET = replace(
     steps=4,
     epochs=1,
 )
+"""Trains for a second and learns nothing, for tests of the code around a training."""
+LEARNING = replace(
+    PRESET, name="learning", min_size=96, max_size=128, learning_rate=3e-3, steps=1200
+)
+"""Learns shapes on images of 128 x 96 pixels from scratch, in two minutes of CPU time."""

@@ -1,4 +1,4 @@
-"""Boxes, and detections of them, as a detector of some quality would make them."""
+"""Make boxes, and detections of them as a mediocre detector would find them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,17 @@ LABELS = ("car", "person", "valve", "never")
 
 
 def scene(seed: int, images: int, *, noise: float = 6.0) -> tuple[list[Detections], list[Sample]]:
-    """Boxes, and detections of them: moved, missed, doubled, invented, of the wrong class."""
+    """Make images with boxes, and detections: moved, missed, doubled, invented, of a wrong class.
+
+    Args:
+        seed: of the random numbers.
+        images: number of images.
+        noise: standard deviation of a detection's corners, in pixels.
+
+    Returns:
+        The detections and the samples, one of each for an image; boxes are float32 `[N, 4]`,
+        `x1, y1, x2, y2` in pixels.
+    """
     random = np.random.default_rng(seed)
     found, truth = [], []
     for number in range(images):

@@ -1,4 +1,4 @@
-"""A detector that learns nothing, in no time: what is tested with it is what is around it."""
+"""Define detectors that learn nothing, in no time, for tests of the code around them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ml_backend.detection.presets import Preset
 
 
 class _Module(nn.Module):
-    """Sees one box, in a corner where nothing is: each version is as good as the one before."""
+    """Find one box in an empty corner of each image, so that all versions are equally good."""
 
     def __init__(self, outputs: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class _Module(nn.Module):
 
 
 class _Large(_Module):
-    """Four megabytes."""
+    """Have four megabytes of weights."""
 
     def __init__(self, outputs: int) -> None:
         super().__init__(outputs)
@@ -43,7 +43,7 @@ class _Large(_Module):
 
 
 class _Hanging(_Module):
-    """Comes to no end when it learns."""
+    """Never end the first training step."""
 
     def forward(self, images: list[Tensor], targets: Any = None) -> Any:
         while self.training:
@@ -63,6 +63,6 @@ PRESET = Preset(
     epochs=0,
 )
 REFERENCE = f"{__name__}:PRESET"
-"""What `ML_BACKEND_PRESET` finds it by."""
+"""The value of `ML_BACKEND_PRESET` for it."""
 LARGE = replace(PRESET, name="large", architecture=TorchvisionDetector(_Large))
 HANGING = replace(PRESET, name="hanging", architecture=TorchvisionDetector(_Hanging))

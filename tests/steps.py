@@ -1,4 +1,4 @@
-"""A piece of work in a process of its own, which dies where the test says."""
+"""Run work in a process of its own that kills itself at a given step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ml_backend.detection import detector
 
 _WITHIN = 120
 
-# Its children begin with everything imported.
+# Children of a fork server start with all modules imported.
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(
     ["tests.steps", "ml_backend.http.app", "ml_backend.programs.train"]
@@ -26,11 +26,14 @@ _processes.set_forkserver_preload(
 
 
 class Steps:
-    """Runs a piece of work in a process that dies at one of its steps.
+    """Run work in a process that kills itself at one of its steps.
+
+    A step is the moment before or after a call with a lasting effect: a write, fsync, rename,
+    commit or HTTP request.
 
     Args:
-        settings: of the backend that works.
-        work: it; what it returns is ignored.
+        settings: environment variables of the process.
+        work: runs in the process; an integer that it returns is the exit status.
     """
 
     def __init__(
@@ -42,13 +45,13 @@ class Steps:
         self._work = work
 
     def count(self, *arguments: object, status: int = 0) -> int:
-        """Lets it come to its end, which has a status; answers how many steps that took."""
+        """Run the work to its end and check its exit status; return its number of steps."""
         taken = _processes.RawValue("i", 0)
         assert self._run(0, taken, arguments) == status
         return int(taken.value)
 
     def killed_at(self, step: int, *arguments: object) -> bool:
-        """Kills it at a step; answers whether it came so far."""
+        """Kill the work at a step; return whether it reached the step."""
         code = self._run(step, _processes.RawValue("i", 0), arguments)
         assert code in (0, 3, -signal.SIGKILL), code
         return code == -signal.SIGKILL
@@ -61,7 +64,7 @@ class Steps:
         process.join(_WITHIN)
         if process.is_alive():
             process.kill()
-            raise AssertionError(f"it hangs after step {taken.value}, killed at {step}")
+            raise AssertionError(f"the work hangs after step {taken.value}, killed at {step}")
         return process.exitcode
 
 
@@ -99,7 +102,7 @@ def _die_at(
         (requests.Session, "send"),
     ):
         setattr(owner, name, counted(getattr(owner, name)))
-    # Giving way to everything else is not what is tested.
+    # The lowest priority would only make the test slower.
     os.nice = lambda _: 0
     os.environ.update(settings)
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Labelling the rest: once for each task and version, whatever is killed, and by itself."""
+"""Auto-labelling: each task gets one prediction of each version, whatever is killed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,14 @@ from ml_backend.jobs.jobs import STALE_AFTER
 from ml_backend.label_studio.client import LabelStudioClient
 from ml_backend.settings import load_settings
 from ml_backend.store.tables import Job, now
-from tests.conftest import RunningBackend, ask, make_live, predictions_by_task, wait_for
+from tests.conftest import (
+    RunBackend,
+    RunningBackend,
+    ask,
+    make_live,
+    predictions_by_task,
+    wait_for,
+)
 
 
 def _images(count: int, seed: int) -> list[ShapeImage]:
@@ -36,7 +42,7 @@ def _images(count: int, seed: int) -> list[ShapeImage]:
 
 
 class Site:
-    """A project in Label Studio, and a backend that may run or not."""
+    """Use a project in Label Studio, and a backend that may run or not."""
 
     def __init__(
         self, server: LabelStudioServer, running: RunningBackend, images: list[ShapeImage]
@@ -44,33 +50,33 @@ class Site:
         self.server = server
         self.running = running
         self.project, tasks = create_project(
-            server, "The rest", LABEL_CONFIG, {i.name: i.encoded() for i in images}
+            server, "Auto-labelling", LABEL_CONFIG, {i.name: i.encoded() for i in images}
         )
         self.images = {tasks[i.name]: i for i in images}
         self.tasks = list(self.images)
         self.client = LabelStudioClient(server.url, server.login.token)
         self.key = self.client.project(self.project).key
-        # The same state as the running one's, seen from here.
+        # Opens the running backend's database and registry in this process.
         self.backend = Backend(load_settings(running.settings))
 
     def call(self, method: str, path: str, body: object = None) -> Any:
-        """One request to Label Studio's API."""
+        """Send a request to Label Studio's API; return its answer."""
         return ask(self.server, method, path, body)
 
     def annotate(self, tasks: list[int]) -> None:
-        """Draws the boxes of tasks, as a person would."""
+        """Annotate tasks with the boxes of the shapes on their images."""
         annotate(self.server, {task: self.images[task] for task in tasks})
 
     def predictions(self) -> dict[int, Counter[str]]:
-        """How many predictions of each version every task holds."""
+        """Count the predictions of each version that Label Studio holds, task by task."""
         return predictions_by_task(self.server, self.project)
 
     def promote(self, version: str) -> None:
-        """Makes a version live, as a training does."""
+        """Make a version live, as a training does."""
         make_live(self.backend, _detector(), version, key=self.key, label_config=LABEL_CONFIG)
 
     def jobs(self, kind: str = "autolabel") -> list[Job]:
-        """The project's jobs, newest first."""
+        """Return the project's jobs of a kind, newest first."""
         with self.backend.database.reading() as session:
             known = self.backend.ingest.introduce(
                 self.key, self.project, label_config=LABEL_CONFIG
@@ -83,8 +89,8 @@ class Site:
                 )
             )
 
-    def done(self, version: str, kind: str = "autolabel", within: float = 60) -> Job:
-        """Waits until the newest job is done; for a version, where that is known."""
+    def wait_until_done(self, version: str, kind: str = "autolabel", within: float = 60) -> Job:
+        """Wait until the newest job is done, for this version if it names one; return it."""
 
         def ended() -> Job | None:
             jobs = self.jobs(kind)
@@ -100,8 +106,8 @@ class Site:
         assert isinstance(job, Job)
         return job
 
-    def under_way(self) -> Job:
-        """Waits until auto-labelling has done something, and not all."""
+    def wait_until_part_done(self) -> Job:
+        """Wait until auto-labelling has done a part of its tasks; return its job."""
 
         def part() -> Job | None:
             jobs = self.jobs()
@@ -116,20 +122,20 @@ class Site:
         return job
 
     def change(self, job: Job, **values: Any) -> None:
-        """Changes a job's row."""
+        """Change a job's row."""
         with self.backend.database.session() as session:
             session.execute(update(Job).where(Job.id == job.id).values(**values))
 
 
 @pytest.fixture(scope="module")
 def running(
-    label_studio: LabelStudioServer, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RunningBackend]:
-    """A backend that runs for all tests of this file but those that kill it."""
-    backend = RunningBackend(tmp_path_factory.mktemp("backend"), **_settings(label_studio))
-    backend.start()
-    yield backend
-    backend.stop()
+    label_studio: LabelStudioServer,
+    run_backend: RunBackend,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> RunningBackend:
+    """Run a backend for all tests of this file that do not kill it."""
+    folder = tmp_path_factory.mktemp("backend")
+    return run_backend(RunningBackend(folder, **_settings(label_studio)))
 
 
 def _settings(server: LabelStudioServer) -> dict[str, str]:
@@ -138,7 +144,7 @@ def _settings(server: LabelStudioServer) -> dict[str, str]:
 
 @functools.cache
 def _detector() -> Detector:
-    """One that has learned nothing."""
+    """Return a detector that has learned nothing."""
     cpu = torch.device("cpu")
     detector = Detector.pretrained(preset_named("tiny", cpu), SHAPES[:3], "none", cpu)
     detector.thresholds = dict.fromkeys(SHAPES[:3], 0.5)
@@ -146,7 +152,7 @@ def _detector() -> Detector:
 
 
 def _processes(backend: RunningBackend) -> list[psutil.Process]:
-    """The processes that auto-label for a backend."""
+    """Return the processes that auto-label for a backend."""
     return [
         child
         for child in psutil.Process(backend.pid).children(recursive=True)
@@ -154,7 +160,7 @@ def _processes(backend: RunningBackend) -> list[psutil.Process]:
     ]
 
 
-def test_killed_half_way_it_goes_on_and_doubles_nothing(
+def test_autolabel_killed_half_way_goes_on_and_doubles_nothing(
     label_studio: LabelStudioServer, tmp_path: Path
 ) -> None:
     backend = RunningBackend(tmp_path, **_settings(label_studio))
@@ -164,8 +170,8 @@ def test_killed_half_way_it_goes_on_and_doubles_nothing(
     site.promote("v1")
     backend.start()
     try:
-        # By itself: nobody asks for it.
-        first = site.under_way()
+        # The promotion starts auto-labelling.
+        first = site.wait_until_part_done()
         assert first.trigger == "promotion"
         (process,) = _processes(backend)
         assert process.nice() == 19
@@ -173,7 +179,7 @@ def test_killed_half_way_it_goes_on_and_doubles_nothing(
         wait_for(lambda: site.jobs()[0].state == "queued", within=20, what="it is put back")
         site.change(first, not_before=now(), heartbeat_at=now() - 2 * STALE_AFTER)
         wait_for(lambda: _processes(backend), within=180, what="it goes on", every=0.02)
-        # The whole backend, with all of its processes.
+        # Kill the whole backend with all of its processes.
         family = psutil.Process(backend.pid).children(recursive=True)
         for member in [psutil.Process(backend.pid), *family]:
             member.kill()
@@ -184,7 +190,7 @@ def test_killed_half_way_it_goes_on_and_doubles_nothing(
         assert 0 < len(partly) < len(rest)
         site.change(first, heartbeat_at=now() - 2 * STALE_AFTER)
         backend.start()
-        job = site.done("v1")
+        job = site.wait_until_done("v1")
         assert job.id == first.id
         assert "tasks predicted by v1" in job.reason
         assert site.predictions() == {task: Counter(v1=1) for task in rest}
@@ -193,15 +199,15 @@ def test_killed_half_way_it_goes_on_and_doubles_nothing(
         backend.stop()
 
 
-def test_what_newer_predictions_replace_is_removed_and_nothing_else(
+def test_stale_predictions_new_version_are_removed_and_nothing_else(
     label_studio: LabelStudioServer, running: RunningBackend
 ) -> None:
     site = Site(label_studio, running, _images(24, seed=22))
     running.command("connect", "--project", str(site.project), "--url", running.url)
     site.promote("v1")
-    site.done("v1")
+    site.wait_until_done("v1")
     assert site.predictions() == {task: Counter(v1=1) for task in site.tasks}
-    # Another backend has predicted as well, and somebody began with one of ours.
+    # Another backend has predicted as well, and an annotation began with one of our predictions.
     theirs = {"task": site.tasks[0], "result": [], "score": 0.5, "model_version": "theirs"}
     site.call("POST", f"/api/projects/{site.project}/import/predictions", [theirs])
     (begun,) = site.call("GET", f"/api/predictions/?task={site.tasks[1]}")
@@ -210,22 +216,22 @@ def test_what_newer_predictions_replace_is_removed_and_nothing_else(
         f"/api/tasks/{site.tasks[1]}/annotations/",
         {"result": [], "lead_time": 3.0, "parent_prediction": begun["id"]},
     )
-    # A task that is opened during an import ends up with two.
+    # A task that is opened during an import gets two predictions.
     double = {"task": site.tasks[2], "result": [], "score": 0.5, "model_version": "v2"}
     site.call("POST", f"/api/projects/{site.project}/import/predictions", [double, double])
 
     site.promote("v2")
-    job = site.done("v2")
+    job = site.wait_until_done("v2")
     assert job.trigger == "promotion"
     held = site.predictions()
     assert held[site.tasks[0]] == Counter(v1=1, v2=1, theirs=1)
     assert held[site.tasks[1]] == Counter(v1=1)
-    # Not at once: what somebody has open may have begun with one of them.
-    tidy = wait_for(lambda: site.jobs("tidy"), within=5, what="a job that removes")[0]
-    assert tidy.state == "queued"
-    assert "predictions of older versions are removed at" in tidy.reason
-    site.change(tidy, not_before=now(), heartbeat_at=now() - 2 * STALE_AFTER)
-    # What people made of them is counted first.
+    # They are not removed at once: a task that is open may have begun with one of them.
+    cleanup = wait_for(lambda: site.jobs("tidy"), within=5, what="a job that removes")[0]
+    assert cleanup.state == "queued"
+    assert "predictions of older versions are removed at" in cleanup.reason
+    site.change(cleanup, not_before=now(), heartbeat_at=now() - 2 * STALE_AFTER)
+    # The audits of these predictions are counted first.
     removed = wait_for(
         lambda: site.jobs("tidy")[0].state == "done" and site.jobs("tidy")[0],
         within=180,
@@ -237,7 +243,7 @@ def test_what_newer_predictions_replace_is_removed_and_nothing_else(
     assert site.predictions() == expected
     kept = site.call("GET", f"/api/annotations/{annotation['id']}/")
     assert kept["parent_prediction"] is None
-    # Why they are not removed at once: Label Studio saves nothing that began with one.
+    # The reason for the wait: Label Studio refuses annotations that began with a removed one.
     late = requests.post(
         f"{label_studio.url}/api/tasks/{site.tasks[3]}/annotations/",
         headers={"Authorization": f"Token {label_studio.login.token}"},
@@ -247,14 +253,14 @@ def test_what_newer_predictions_replace_is_removed_and_nothing_else(
     assert late.status_code == 400
     (status,) = [p for p in running.json("status") if p["project"] == site.key]
     assert status["audits"]["versions"]["v1"]["annotations"] == 1
-    # Label Studio goes on ordering by the live version.
+    # Label Studio still orders tasks by the live version.
     wait_for(
         lambda: site.call("GET", f"/api/projects/{site.project}/")["model_version"] == "v2",
         within=20,
         what="the title follows",
     )
 
-    # New tasks are predicted by themselves.
+    # New tasks start auto-labelling.
     fresh = upload(label_studio, site.project, {i.name: i.encoded() for i in _images(3, seed=122)})
     arrived = wait_for(
         lambda: site.jobs()[0].trigger == "tasks" and site.jobs()[0],
@@ -262,20 +268,20 @@ def test_what_newer_predictions_replace_is_removed_and_nothing_else(
         what="a job for the new tasks",
     )
     assert arrived.reason == "new tasks have arrived"
-    site.done("v2")
+    site.wait_until_done("v2")
     assert site.jobs()[0].reason == "3 of 3 tasks predicted by v2"
     held = site.predictions()
     assert [held[task] for task in fresh.values()] == [Counter(v2=1)] * 3
 
 
-def test_a_promotion_meanwhile_ends_it_and_the_next_begins(
+def test_autolabel_promotion_meanwhile_ends_and_the_next_version_begins(
     label_studio: LabelStudioServer, running: RunningBackend
 ) -> None:
     site = Site(label_studio, running, _images(100, seed=23))
     site.promote("v1")
-    first = site.under_way()
+    first = site.wait_until_part_done()
     site.promote("v2")
-    following = site.done("v2")
+    following = site.wait_until_done("v2")
     assert following.id != first.id
     superseded = site.jobs()[-1]
     assert superseded.id == first.id
@@ -286,36 +292,36 @@ def test_a_promotion_meanwhile_ends_it_and_the_next_begins(
     assert 0 < sum(found["v1"] for found in held.values()) < len(site.tasks)
 
 
-def test_before_any_model_the_first_tasks_are_chosen_by_themselves(
+def test_connect_untrained_project_orders_tasks_by_how_they_differ(
     label_studio: LabelStudioServer, running: RunningBackend
 ) -> None:
-    # Copies of one image, and a few that differ.
+    # Twelve copies of one image, and six that differ.
     images = _images(7, seed=26)
     copies = [dataclasses.replace(images[0], name=f"copy-{n}.jpg") for n in range(12)]
     site = Site(label_studio, running, [*copies, *images[1:]])
     running.command("connect", "--project", str(site.project), "--url", running.url)
-    site.done("untrained")
+    site.wait_until_done("untrained")
     held = site.call("GET", f"/api/predictions/?project={site.project}")
     order = [p["task"] for p in sorted(held, key=lambda p: p["score"])]
     assert sorted(order) == sorted(site.tasks)
     names = [site.images[task].name for task in order]
     assert sum(name.startswith("copy-") for name in names[:7]) == 1, names
-    # Label Studio asks for them in that order.
+    # Label Studio shows tasks in that order.
     following = site.call("GET", f"/api/projects/{site.project}/next/")
     assert following["id"] == order[0]
-    # Chosen once, and not again.
+    # The order is made once.
     assert len(site.jobs()) == 1
 
 
-def test_the_command_says_what_came_of_it(
+def test_autolabel_command_reports_done_left_out_and_failed_tasks(
     label_studio: LabelStudioServer, running: RunningBackend
 ) -> None:
     site = Site(label_studio, running, _images(21, seed=24))
-    # One image is gone: its task alone is left out.
+    # One image does not exist: only its task is left out.
     site.call("POST", f"/api/projects/{site.project}/import", [{"image": "/data/upload/no.jpg"}])
     site.backend.ingest.introduce(site.key, site.project, label_config=LABEL_CONFIG)
     project = ["--project", str(site.project)]
-    # Before any model, the first tasks are chosen for how they differ.
+    # Without a model, the first tasks are ordered by how they differ.
     begun = running.json("autolabel", *project)
     assert (begun["state"], begun["version"]) == ("done", "untrained")
     assert begun["reason"] == "21 tasks chosen to begin with, for how they differ"
@@ -333,7 +339,7 @@ def test_the_command_says_what_came_of_it(
     answer = running.post("/job_status", {"job": done["job"]}).json()
     assert answer["job_status"] == "done"
     assert 'ml_backend_jobs{kind="autolabel",state="done"}' in running.get("/metrics").text
-    # Only what still has none is tried again, and that cannot be.
+    # The next run tries only the task that is left, and fails.
     said = running.json("autolabel", *project, status=1)
     assert said["state"] == "failed"
     assert said["reason"].startswith("no task could be predicted; 1 left out")
@@ -346,11 +352,13 @@ def test_the_command_says_what_came_of_it(
         running.settings["LABEL_STUDIO_API_KEY"] = token
 
 
-def test_ctrl_c_leaves_it_running(label_studio: LabelStudioServer, running: RunningBackend) -> None:
+def test_autolabel_command_interrupted_leaves_the_job_running(
+    label_studio: LabelStudioServer, running: RunningBackend
+) -> None:
     site = Site(label_studio, running, _images(2, seed=25))
     site.promote("v1")
-    site.done("v1")
-    # No webhook tells of these: only the command finds them.
+    site.wait_until_done("v1")
+    # No webhook reports these tasks: only the command finds them.
     more = _images(100, seed=125)
     upload(label_studio, site.project, {i.name: i.encoded() for i in more})
     with subprocess.Popen(
@@ -362,17 +370,17 @@ def test_ctrl_c_leaves_it_running(label_studio: LabelStudioServer, running: Runn
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Tests that run in a shell's background have it ignored, and so would what they start.
+        # A shell ignores SIGINT for what it runs in the background, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as command:
         wait_for(lambda: len(site.jobs()) == 2, within=180, what="its job")
-        site.under_way()
+        site.wait_until_part_done()
         command.send_signal(signal.SIGINT)
         _, said = command.communicate(timeout=120)
     assert command.returncode == 130, said
     assert "goes on without you" in said
-    site.done("v1")
+    site.wait_until_done("v1")
     assert list(site.predictions().values()) == [Counter(v1=1)] * 102
-    # Asked again, there is nothing to do, and it says so.
+    # Run again, the command says that there is nothing to do.
     said = running.command("autolabel", "--project", str(site.project))
     assert "every task without an annotation has one of v1" in said

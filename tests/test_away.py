@@ -1,4 +1,4 @@
-"""A Label Studio that fails: what waits for it is put off, said, and done once it is back."""
+"""A Label Studio that fails: jobs that need it wait with a reason, and end once it is back."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ SAID = {
     "401": ("unauthorized", "does not take the legacy token"),
     "HTML": ("bad answer", "text/html instead of JSON"),
 }
-"""For each way to fail: its kind in `/metrics`, and what is said of it."""
+"""For each way to fail: its kind in `/metrics`, and a part of the reason."""
 
 
 class Proxy:
-    """Stands before Label Studio: passes everything on, or fails as it is told.
+    """Stand in front of Label Studio: pass everything on, or fail in a given way.
 
     Args:
-        port: Label Studio's.
+        port: the port of Label Studio.
     """
 
     def __init__(self, port: int) -> None:
@@ -75,11 +75,15 @@ class Proxy:
         self.become("through")
 
     def become(self, how: str) -> None:
-        """From now on it is `through`, `refused`, `silent`, `drip`, or one of `ANSWERS`."""
+        """Switch to a way to answer.
+
+        Args:
+            how: `through`, `refused`, `silent`, `drip`, or one of `ANSWERS`.
+        """
         self._how = how
         if self._listener is not None:
             with suppress(OSError):
-                # Only so does `accept` return.
+                # Closing alone would not end a waiting `accept`.
                 self._listener.shutdown(socket.SHUT_RDWR)
             self._listener.close()
             self._listener = None
@@ -105,7 +109,7 @@ class Proxy:
                 self._pass_on(connection)
             elif self._how == "silent":
                 while connection.recv(65536):
-                    """Takes all there is, and says nothing."""
+                    """Read everything and send nothing."""
             elif self._how == "drip":
                 connection.recv(65536)
                 connection.sendall(b"HTTP/1.1 200 OK\r\nX: ")
@@ -131,14 +135,14 @@ class Proxy:
 
 @pytest.fixture
 def proxy(label_studio: LabelStudioServer) -> Iterator[Proxy]:
-    """Before the real Label Studio."""
+    """Return a proxy in front of the real Label Studio."""
     stands = Proxy(label_studio.port)
     yield stands
     stands.become("refused")
 
 
 class Site:
-    """A project in Label Studio, and a backend that reaches it by way of a proxy."""
+    """Use a project in Label Studio, and a backend that reaches it through a proxy."""
 
     def __init__(
         self, server: LabelStudioServer, proxy: Proxy, folder: Path, images: list[ShapeImage]
@@ -165,19 +169,19 @@ class Site:
 
     @property
     def project(self) -> Project:
-        """As it is stored."""
+        """The project's row in the database."""
         with self.backend.database.reading() as session:
             return session.get_one(Project, self.row)
 
     def promote(self, version: str) -> None:
-        """Makes a version live."""
+        """Make a version live."""
         cpu = torch.device("cpu")
         preset = preset_named(stand_in.REFERENCE, cpu)
         detector = Detector.pretrained(preset, SHAPES[:3], "none", cpu)
         make_live(self.backend, detector, version, key=self.key, label_config=LABEL_CONFIG)
 
-    def claimed(self, number: int) -> Job:
-        """A job whose wait is over, begun."""
+    def claim(self, number: int) -> Job:
+        """End a job's wait, and claim the job as a worker does."""
         with self.backend.database.session() as session:
             session.execute(update(Job).where(Job.id == number).values(not_before=None))
         job = self.backend.jobs.claim(number)
@@ -185,13 +189,13 @@ class Site:
         return job
 
     def job(self, number: int) -> Job:
-        """A job that is there."""
+        """Return a job, which must exist."""
         job = self.backend.jobs.get(number)
         assert job is not None
         return job
 
-    def was_put_off(self, number: int, how: str) -> None:
-        """That a job waits, says why, and is not blamed."""
+    def assert_waits(self, number: int, how: str) -> None:
+        """Check that a job waits with a reason, and that the failure costs it no attempt."""
         job = self.job(number)
         assert (job.state, job.attempt) == ("queued", 0), job.reason
         assert SAID[how][1] in job.reason
@@ -199,47 +203,47 @@ class Site:
         assert job.not_before > now() + timedelta(seconds=20)
 
     def findings(self) -> dict[str, Finding]:
-        """What `doctor` finds, asking anew."""
+        """Run `doctor` with a client that remembers no earlier failure; return its findings."""
         again = Backend(load_settings(self.settings))
         doctor = Doctor(again.settings, again.database, again.artefacts, again.label_studios)
         return {finding.what: finding for finding in doctor.examine(self.number)}
 
 
-def _short_of_patience() -> None:
+def _shorten_timeouts() -> None:
     client_module._QUICK_TIMEOUT = transport_module._TIMEOUT = (1, 1)
 
 
 def _autolabel(job: int) -> None:
     from ml_backend.programs.predict import main
 
-    _short_of_patience()
-    # Without waiting for its threads.
+    _shorten_timeouts()
+    # `os._exit` does not wait for threads.
     os._exit(main(job, os.getppid()))
 
 
 def _train(job: int) -> int:
     from ml_backend.programs.train import main
 
-    _short_of_patience()
+    _shorten_timeouts()
     return main(job, os.getppid())
 
 
 @pytest.fixture
-def short_of_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second instead of a minute."""
+def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the client wait one second instead of a minute."""
     monkeypatch.setattr(client_module, "_TIMEOUT", (1, 1))
     monkeypatch.setattr(client_module, "_QUICK_TIMEOUT", (1, 1))
 
 
-def test_what_waits_for_it_is_put_off_said_and_done_in_the_end(
-    label_studio: LabelStudioServer, proxy: Proxy, tmp_path: Path, short_of_patience: None
+def test_jobs_label_studio_fails_wait_with_a_reason_and_end_once_it_is_back(
+    label_studio: LabelStudioServer, proxy: Proxy, tmp_path: Path, short_timeouts: None
 ) -> None:
     site = Site(label_studio, proxy, tmp_path, generate(8, seed=61, width=128, height=96, most=2))
     served = create_app(site.backend).test_client()
     annotated = dict(list(site.images.items())[:4])
     annotate(label_studio, annotated)
     autolabel, train = Steps(site.settings, _autolabel), Steps(site.settings, _train)
-    # Known to be there, and the annotations known, as from webhooks.
+    # The project and its annotations are known, as after webhooks.
     client = site.backend.label_studios.client(site.project)
     assert client is not None
     reconcile(site.project, client, site.backend.database, site.backend.ingest)
@@ -250,14 +254,14 @@ def test_what_waits_for_it_is_put_off_said_and_done_in_the_end(
         asked = site.backend.jobs.consider_autolabel(site.row)
         assert asked is not None
         proxy.become(how)
-        site.claimed(asked.job)
+        site.claim(asked.job)
         autolabel.count(asked.job, status=REFUSED)
-        site.was_put_off(asked.job, how)
-        site.claimed(training)
+        site.assert_waits(asked.job, how)
+        site.claim(training)
         train.count(training, status=REFUSED)
-        site.was_put_off(training, how)
+        site.assert_waits(training, how)
 
-        # Reported, with the kind and in words.
+        # Metrics and `doctor` tell the kind and the reason.
         kind, words = SAID[how]
         line = f'label_studio_failing_seconds{{failure="{kind}",url="{proxy.url}"}}'
         assert line in served.get("/metrics").text
@@ -266,20 +270,20 @@ def test_what_waits_for_it_is_put_off_said_and_done_in_the_end(
         about = found["token" if how == "401" and "token" in found else "Label Studio"]
         assert about.status == "error"
 
-        # An event is stored all the same.
+        # Webhooks are stored meanwhile.
         body = capture("POST_webhook_ANNOTATION_CREATED")
         body["annotation"]["id"] = 1_000_000 + number
         assert served.post("/webhook", json=body).json == {"status": "stored", "changed": 1}
 
         proxy.become("through")
-        site.claimed(asked.job)
+        site.claim(asked.job)
         autolabel.count(asked.job)
         assert site.job(asked.job).state == "done"
         gauge = f'label_studio_failing_seconds{{failure="",url="{proxy.url}"}} 0.0'
         assert gauge in served.get("/metrics").text
         assert "requests" not in site.findings()
 
-    site.claimed(training)
+    site.claim(training)
     train.count(training)
     trained = site.job(training)
     assert (trained.state, trained.attempt) == ("done", 1), trained.reason
@@ -290,24 +294,26 @@ def test_what_waits_for_it_is_put_off_said_and_done_in_the_end(
     assert held == Counter((task, f"v{n}") for task in rest for n in range(1, len(SAID) + 1))
 
 
-def test_a_silent_one_costs_a_thread_once(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_client_silent_label_studio_waits_for_it_once(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(client_module, "_TIMEOUT", (1, 1))
     client = LabelStudioClient(proxy.url, "0" * 40)
     proxy.become("silent")
     with pytest.raises(Unreachable, match="does not answer"):
         client.whoami()
-    # The next ones are not kept waiting.
+    # The next request fails at once.
     with pytest.raises(Unreachable, match="asked again in"):
         client.whoami()
     proxy.become("through")
     monkeypatch.setattr(client, "_ask_again", 0.0)
-    # It answers, though not as wished.
+    # Label Studio answers again, and refuses the token.
     for _ in range(2):
         with pytest.raises(Unauthorized):
             client.whoami()
 
 
-def test_one_that_answers_a_byte_at_a_time_is_given_up(
+def test_client_answer_of_single_bytes_gives_up_at_twice_the_timeout(
     proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client_module, "_TIMEOUT", (1, 1))
@@ -316,11 +322,11 @@ def test_one_that_answers_a_byte_at_a_time_is_given_up(
     begun = time.monotonic()
     with pytest.raises(Passing):
         client.whoami()
-    # Twice its timeout, and a moment.
+    # Twice the timeout is 2 s; the rest is for a busy machine.
     assert time.monotonic() - begun < 8
 
 
-def test_a_page_instead_of_an_image_is_not_kept(
+def test_predict_page_instead_of_an_image_is_not_cached(
     label_studio: LabelStudioServer, proxy: Proxy, tmp_path: Path
 ) -> None:
     site = Site(label_studio, proxy, tmp_path, generate(1, seed=62, width=128, height=96))
@@ -342,7 +348,7 @@ def test_a_page_instead_of_an_image_is_not_kept(
     assert (answer.json or {})["results"][0]["model_version"] == "v1"
 
 
-def test_who_waits_longer_asks_less_often(tmp_path: Path) -> None:
+def test_contacts_long_failure_waits_longer_between_requests(tmp_path: Path) -> None:
     site = Backend(load_settings({"MODEL_DIR": str(tmp_path)}))
     contacts = site.label_studios.connectivity
     contacts.note("http://there", Unreachable("it does not answer"))

@@ -1,4 +1,4 @@
-"""A running server, given what is broken, hostile or far too much: it says so, and goes on."""
+"""Send a running server broken, hostile and huge input: it must refuse it and go on."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ml_backend.projects.connect import SECRET_HEADER
 from ml_backend.settings import load_settings
 from ml_backend.store.tables import Annotation
 from tests import image_host as host
-from tests.conftest import RunningBackend, capture, make_live
+from tests.conftest import RunBackend, RunningBackend, capture, make_live
 from tests.image_host import ImageHost, image_host
 
 KEY = "1.1795463889"
@@ -40,16 +40,16 @@ LIMIT = 40_000_000
 
 @pytest.fixture(scope="module")
 def studio() -> Iterator[ImageHost]:
-    """Stands for Label Studio, of which only images are asked for here; and for other hosts."""
+    """Run a host of images, which takes the place of Label Studio and of other hosts."""
     with image_host() as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def backend(
-    tmp_path_factory: pytest.TempPathFactory, studio: ImageHost
-) -> Iterator[RunningBackend]:
-    """One server for all of this file, with a version that finds something in every image."""
+    tmp_path_factory: pytest.TempPathFactory, studio: ImageHost, run_backend: RunBackend
+) -> RunningBackend:
+    """Run one server for this file, with a version that finds something in every image."""
     running = RunningBackend(
         tmp_path_factory.mktemp("attacked"),
         LABEL_STUDIO_URL=studio.url,
@@ -71,14 +71,12 @@ def backend(
     detector.thresholds = dict.fromkeys(LABELS, 0.0)
     make_live(parts, detector, "v1", key=KEY, label_config=CONFIG)
     parts.database.close()
-    running.start()
-    yield running
-    running.stop()
+    return run_backend(running)
 
 
 @pytest.fixture(autouse=True)
-def _still_well(backend: RunningBackend) -> Iterator[None]:
-    """Whatever a test did: the server answers, and it is still the same process."""
+def _server_still_answers(backend: RunningBackend) -> Iterator[None]:
+    """Check after each test that the server answers and that it is the same process."""
     pid = backend.pid
     yield
     assert requests.get(f"{backend.url}/health", timeout=30).json()["status"] == "UP"
@@ -134,25 +132,25 @@ def _png(image: Image.Image) -> bytes:
     return target.getvalue()
 
 
-def test_each_bad_image_costs_its_own_task_alone(
+def test_predict_bad_images_leaves_only_their_own_tasks_empty(
     backend: RunningBackend, studio: ImageHost
 ) -> None:
     good = generate(1, seed=1)[0].encoded()
     frames = [Image.new("RGB", (64, 48), colour) for colour in ("red", "blue", "green")]
     animated = io.BytesIO()
     frames[0].save(animated, "GIF", save_all=True, append_images=frames[1:])
-    # What comes, and whether it is an image.
+    # For each file: the answer, and whether it is an image.
     corpus: dict[str, tuple[host.Answer, bool]] = {
         "good.jpg": (host.sent(good), True),
         "truncated.jpg": (host.sent(good[: len(good) // 2]), False),
         "empty.jpg": (host.sent(b""), False),
         "page.jpg": (host.sent(b"<!DOCTYPE html><title>Log in</title>"), False),
-        # 12 kB each, of 99 million pixels just allowed, and of 400 million.
+        # 12 kB each: 99 million pixels are just allowed, 400 million are not.
         "large.png": (host.sent(_png(Image.new("1", (9_900, 10_000)))), True),
         "bomb.png": (host.sent(_png(Image.new("1", (20_000, 20_000)))), False),
         "strip.png": (host.sent(_png(Image.new("RGB", (1, 50_000)))), True),
         "animated.gif": (host.sent(animated.getvalue()), True),
-        # A JPEG that is called otherwise, with a wrong type, is an image all the same.
+        # A JPEG with another extension and a wrong type is an image.
         "really-jpeg.png": (host.sent(good, Content_Type="text/html"), True),
         "endless.jpg": (host.endless, False),
         "loop.jpg": (host.redirect("/data/upload/loop.jpg"), False),
@@ -185,7 +183,7 @@ def test_each_bad_image_costs_its_own_task_alone(
         zip(names, wanted, strict=True)
     )
     assert [r for r in results if not r] == [[]] * wanted.count(False)
-    # A peak of one large image, not of many: without care it takes 5 GB.
+    # One large image at a time: several at once took 5 GB.
     assert _peak(backend) < 3 * 2**30
     log = backend.log.read_text(errors="replace")
     assert log.count("ML_BACKEND_ALLOWED_IMAGE_HOSTS") >= 3
@@ -195,7 +193,7 @@ def test_each_bad_image_costs_its_own_task_alone(
 
 
 def _peak(backend: RunningBackend) -> int:
-    """The largest memory that a process of the server ever had, in bytes."""
+    """Return the largest resident memory that a process of the server ever had, in bytes."""
     peaks = [
         int(line.split()[1]) * 1024
         for process in psutil.Process(backend.pid).children(recursive=True)
@@ -209,19 +207,17 @@ def _peak(backend: RunningBackend) -> int:
 
 
 @pytest.mark.parametrize("path", ["/webhook", "/predict"])
-def test_a_body_that_is_too_deep_too_large_or_no_json_is_refused(
-    backend: RunningBackend, path: str
-) -> None:
+def test_body_too_deep_too_large_or_not_json_is_refused(backend: RunningBackend, path: str) -> None:
     for deep in (b"[" * 10_000 + b"]" * 10_000, b'{"a":' * 10_000 + b"1" + b"}" * 10_000):
         _refused(_post(backend, path, b'{"tasks": %s}' % deep), 400, "nested too deeply")
-    # Not so deep that it could not be read, but deeper than other readers' stacks would allow.
+    # This can be read here, but is deeper than the stacks of other readers allow.
     deep = b"[" * 400 + b"]" * 400
     _refused(_post(backend, path, b'{"tasks": %s}' % deep), 400, "nested too deeply")
     for number in (b"NaN", b"-Infinity", b"1e999"):
         _refused(_post(backend, path, b'{"tasks": [%s]}' % number), 400, "not finite")
     _refused(_post(backend, path, b'{"tasks": "\\u0000"}'), 400, "NUL")
     _refused(_post(backend, path, '{"tasks": "\\ud800"}'.encode("utf-16")), 400, "JSON")
-    # What says to be too large is not waited for; in chunks, nothing says how much will come.
+    # A length above the limit is refused before the body arrives; chunks are counted.
     limit = "ML_BACKEND_MAX_REQUEST_BYTES"
     connection = http.client.HTTPConnection("127.0.0.1", backend.port, timeout=60)
     connection.putrequest("POST", path)
@@ -236,23 +232,23 @@ def test_a_body_that_is_too_deep_too_large_or_no_json_is_refused(
     _refused(_post(backend, path, chunks), 413, limit)
 
 
-def test_a_body_that_would_keep_all_others_waiting_is_refused(backend: RunningBackend) -> None:
+def test_body_of_millions_of_objects_is_refused_at_once(backend: RunningBackend) -> None:
     started = time.monotonic()
     many = b'{"tasks": [' + b"{}," * 1_100_000 + b"{}]}"
     _refused(_post(backend, "/predict", many), 400, "1,000,000 objects")
     _refused(_post(backend, "/webhook", many.replace(b"{}", b"[]")), 400, "1,000,000 objects")
-    # It takes a fraction of a second; read and looked at, it took half a minute.
+    # The refusal takes a fraction of a second; parsing the body took half a minute.
     assert time.monotonic() - started < 15
 
 
-def test_what_an_answer_quotes_makes_no_status_line_that_the_server_refuses(
+def test_error_quoting_control_characters_is_a_valid_answer(
     backend: RunningBackend,
 ) -> None:
     _refused(_post(backend, "/job_status", b'{"job": "\\u0001\\u007f\\u0085"}'), 400)
 
 
 @pytest.mark.parametrize("size", ["zz", "-1", "5\r\n{}"])
-def test_a_body_in_broken_chunks_is_refused(backend: RunningBackend, size: str) -> None:
+def test_body_in_broken_chunks_is_refused(backend: RunningBackend, size: str) -> None:
     with socket.create_connection(("127.0.0.1", backend.port), timeout=60) as client:
         secret = f"{SECRET_HEADER}: {SECRETS['ML_BACKEND_WEBHOOK_SECRET']}\r\n"
         client.sendall(
@@ -263,7 +259,7 @@ def test_a_body_in_broken_chunks_is_refused(backend: RunningBackend, size: str) 
         assert client.recv(4096).startswith(b"HTTP/1.1 400 the body did not arrive whole")
 
 
-def test_a_page_in_a_browser_gets_nothing_done(backend: RunningBackend) -> None:
+def test_request_from_a_web_page_is_refused(backend: RunningBackend) -> None:
     for origin in (backend.url, "https://evil.example", "null"):
         answer = requests.post(
             f"{backend.url}/setup",
@@ -275,17 +271,17 @@ def test_a_page_in_a_browser_gets_nothing_done(backend: RunningBackend) -> None:
         _refused(answer, 403, "web pages")
 
 
-def test_clients_that_fall_silent_hold_no_thread(backend: RunningBackend) -> None:
+def test_server_silent_clients_keeps_threads_for_others(backend: RunningBackend) -> None:
     head = b"POST /webhook HTTP/1.1\r\nHost: x\r\n"
     secret = f"{SECRET_HEADER}: {SECRETS['ML_BACKEND_WEBHOOK_SECRET']}\r\n".encode()
     clients = [socket.create_connection(("127.0.0.1", backend.port)) for _ in range(8)]
     try:
         for number, client in enumerate(clients):
-            # Within the head, or within the body: twice as many of them as there are threads.
+            # Half fall silent within the head, half within the body: two for each thread.
             body = secret + b"Content-Length: 100\r\n\r\n{" if number % 2 else b""
             client.sendall(head + body)
         time.sleep(1)
-        # Hung up on after ten seconds.
+        # The server closes their connections after ten seconds.
         assert requests.get(f"{backend.url}/health", timeout=30).ok
     finally:
         for client in clients:
@@ -295,7 +291,7 @@ def test_clients_that_fall_silent_hold_no_thread(backend: RunningBackend) -> Non
 # Annotations
 
 
-def test_boxes_that_cannot_be_are_stored_as_they_came_and_left_out(
+def test_webhook_impossible_boxes_are_stored_and_not_learned_from(
     backend: RunningBackend,
 ) -> None:
     wrong = [
@@ -308,7 +304,7 @@ def test_boxes_that_cannot_be_are_stored_as_they_came_and_left_out(
         _region(9, x=None),
         {"id": "r10", "from_name": "label", "to_name": "image"},
     ]
-    # Drawn upwards, turned often, beyond the edge, and the same id three times: boxes all the same.
+    # Drawn upwards, turned often, beyond the edge, the same id three times: these are boxes.
     kept = [
         _region(11, x=90, width=1e6),
         _region(11),
@@ -330,13 +326,13 @@ def test_boxes_that_cannot_be_are_stored_as_they_came_and_left_out(
     assert len(read.dropped) == len(wrong)
 
 
-def test_a_hundred_thousand_regions_are_stored_and_the_same_annotation_twice_is_one(
+def test_webhook_hundred_thousand_regions_twice_are_stored_once(
     backend: RunningBackend,
 ) -> None:
     region = _region(0)
     result = [{**region, "id": f"r{number}"} for number in range(100_000)]
     hook = _hook(502, result)
-    # Once more within one event, as an older state of itself.
+    # The event holds the annotation twice, once in an older state.
     older = {**hook["annotation"], "result": [], "updated_at": "2020-01-01T00:00:00Z"}
     hook |= {"action": "ANNOTATIONS_CREATED", "annotation": [hook["annotation"], older]}
     hook["task"] = [hook["task"], hook["task"]]
@@ -350,7 +346,7 @@ def test_a_hundred_thousand_regions_are_stored_and_the_same_annotation_twice_is_
 # Label configs
 
 
-# Ten to the ninth letters, if anyone took it at its word.
+# Expands to ten to the ninth letters.
 BOMB = "".join(f'<!ENTITY {chr(98 + n)} "{f"&{chr(97 + n)};" * 10}">' for n in range(8))
 
 
@@ -367,13 +363,13 @@ BOMB = "".join(f'<!ENTITY {chr(98 + n)} "{f"&{chr(97 + n)};" * 10}">' for n in r
     ],
     ids=["open", "unbalanced", "bomb", "external", "deep", "huge", "control character"],
 )
-def test_a_label_config_that_cannot_be_is_refused_and_not_kept(
+def test_label_config_invalid_is_refused_and_not_stored(
     backend: RunningBackend, config: str, says: str
 ) -> None:
     for path, field in (("/setup", "schema"), ("/predict", "label_config")):
         body = {"project": KEY, field: config, "tasks": [{"id": 1, "data": {}}]}
         _refused(_post(backend, path, json.dumps(body).encode()), 400, says)
     _refused(_post(backend, "/validate", json.dumps({"label_config": config}).encode()), 400, says)
-    # What was known of the project stands: it is predicted for without a config of its own.
+    # The stored config is unchanged: a request without one is predicted with it.
     known = _post(backend, "/predict", json.dumps({"project": KEY, "tasks": [{"id": 1}]}).encode())
     assert known.json() == {"results": [[]], "model_version": "v1"}

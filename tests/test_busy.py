@@ -1,4 +1,4 @@
-"""A server whose predictions wait for images answers everything else."""
+"""A server whose predictions wait for images must answer all other requests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LABELS = ("RBC", "WBC", "Platelets")
 
 
 class Silent:
-    """Takes every connection, and answers none until it is closed."""
+    """Accept every connection, and answer none."""
 
     def __init__(self) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
@@ -35,13 +35,13 @@ class Silent:
 
     @property
     def waiting(self) -> int:
-        """How many wait for an answer."""
+        """The number of connections that wait for an answer."""
         return len(self._taken)
 
     def close(self) -> None:
-        """Hangs up on everybody."""
+        """Close all connections."""
         with suppress(OSError):
-            # Only so does `accept` return.
+            # Closing alone would not end a waiting `accept`.
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         for connection in self._taken:
@@ -57,13 +57,13 @@ class Silent:
 
 @pytest.fixture
 def silent() -> Iterator[Silent]:
-    """A host of images that does not answer."""
+    """Run a host of images that does not answer."""
     host = Silent()
     yield host
     host.close()
 
 
-def _teach(backend: RunningBackend) -> None:
+def _make_untrained_detector_live(backend: RunningBackend) -> None:
     cpu = torch.device("cpu")
     parts = Backend(load_settings(backend.settings))
     detector = Detector.pretrained(preset_named("tiny", cpu), LABELS, "none", cpu)
@@ -72,7 +72,7 @@ def _teach(backend: RunningBackend) -> None:
 
 
 @pytest.mark.parametrize(("threads", "at_a_time"), [(3, 1), (16, 8)])
-def test_slow_images_leave_threads_for_everything_else(
+def test_server_silent_image_host_keeps_threads_for_other_requests(
     threads: int, at_a_time: int, silent: Silent, make_backend: MakeBackend
 ) -> None:
     backend = make_backend(
@@ -82,7 +82,7 @@ def test_slow_images_leave_threads_for_everything_else(
         ML_BACKEND_TRAIN_MIN="100",
         ML_BACKEND_AUTO_LABEL="false",
     )
-    _teach(backend)
+    _make_untrained_detector_live(backend)
 
     def predict(number: int) -> dict[str, Any]:
         task = {"id": number, "data": {"image": f"{silent.url}/{number}.jpg"}}
@@ -94,7 +94,7 @@ def test_slow_images_leave_threads_for_everything_else(
 
     with ThreadPoolExecutor(3 * threads) as pool:
         slow = [pool.submit(predict, number) for number in range(1, 3 * threads + 1)]
-        # Those that are worked on wait; the others are answered, and finished afterwards.
+        # Some requests wait for their image; the others are answered, and become a job.
         wait_for(lambda: silent.waiting >= at_a_time, within=30, what="images are asked for")
         wait_for(
             lambda: sum(f.done() for f in slow) == len(slow) - at_a_time,
@@ -113,7 +113,7 @@ def test_slow_images_leave_threads_for_everything_else(
         assert {f.result()["model_version"] for f in slow} == {"v1"}
     metrics = requests.get(f"{backend.url}/metrics", timeout=10).text
     assert f"ml_backend_left_over_tasks_total {len(slow) - at_a_time}.0" in metrics
-    # Who asks later is worked on again: the image is asked for, and cannot be had.
+    # A later request is worked on again: its image is asked for, and cannot be read.
     assert predict(1)["results"] == [[]]
     metrics = requests.get(f"{backend.url}/metrics", timeout=10).text
     assert f"ml_backend_left_over_tasks_total {len(slow) - at_a_time}.0" in metrics

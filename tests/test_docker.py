@@ -1,4 +1,4 @@
-"""The images and the compose file: no engine builds them here, but they are read."""
+"""Check the images and the compose file without building them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LINTER = shutil.which("hadolint", path=str(Path(sys.executable).parent))
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.skipif(LINTER is None, reason="hadolint has no wheel for this machine")
-def test_the_linter_finds_nothing(name: str) -> None:
+def test_dockerfile_hadolint_finds_nothing(name: str) -> None:
     done = subprocess.run(
         [LINTER or "", str(ROOT / "docker" / name)], capture_output=True, text=True
     )
@@ -26,7 +26,7 @@ def test_the_linter_finds_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_an_image_runs_as_a_plain_user_from_what_the_repository_has(name: str) -> None:
+def test_dockerfile_copies_existing_files_and_runs_as_a_plain_user(name: str) -> None:
     lines = (ROOT / "docker" / name).read_text().splitlines()
     words = [line.split() for line in lines if line and not line.startswith("#")]
     assert ["USER", "1000"] in words
@@ -34,7 +34,7 @@ def test_an_image_runs_as_a_plain_user_from_what_the_repository_has(name: str) -
         assert (ROOT / source).exists()
 
 
-def test_both_switches_of_the_guard_are_set() -> None:
+def test_compose_label_studio_may_reach_private_addresses() -> None:
     compose = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())
     environment = compose["services"]["label-studio"]["environment"]
     assert environment["ML_BLOCK_LOCAL_IP"] == "false"
@@ -42,7 +42,7 @@ def test_both_switches_of_the_guard_are_set() -> None:
     assert compose["services"]["label-studio"]["image"].endswith(":1.23.2")
 
 
-def test_what_compose_sets_is_what_the_settings_know() -> None:
+def test_compose_environment_is_valid_settings() -> None:
     from ml_backend.settings import load_settings
 
     compose = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())
@@ -53,7 +53,7 @@ def test_what_compose_sets_is_what_the_settings_know() -> None:
     settings = load_settings({**environment, "ML_BACKEND_CONFIG": str(ROOT / "config/default.env")})
     assert settings.label_studio_url == "http://label-studio:8080"
     assert settings.basic_auth is not None
-    # The images listen to others; compose sets what that takes.
+    # The images listen on all addresses, which needs a password: compose sets one.
     load_settings({**environment, "HOST": "0.0.0.0"}).check_exposure()
     cuda = yaml.safe_load((ROOT / "docker/compose.cuda.yaml").read_text())
     assert cuda["services"]["ml-backend"]["build"]["dockerfile"] == "docker/Dockerfile.cuda"

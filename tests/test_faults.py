@@ -1,4 +1,4 @@
-"""Harm done to a running backend, its processes and its disk: what is promised holds."""
+"""Kill a running backend's processes, fill its disk, start it twice: its promises must hold."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import resource
 import threading
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from tests.conftest import ROOT, RunningBackend, capture, make_live, predictions
 from tests.steps import Steps
 
 ELSEWHERE = "987654.1795463889"
-"""Key of a project of some other Label Studio, of which only webhooks are heard."""
+"""Key of a project of another Label Studio, from which only webhooks arrive."""
 VICTIMS = (
     *("training", "worker", "auto-labelling", "server", "everything"),
     *("worker", "training", "server", "auto-labelling", "worker"),
@@ -67,7 +68,12 @@ def _event(number: int) -> dict[str, Any]:
 
 
 class Annotators:
-    """Send one annotation after the other, and remember which were acknowledged."""
+    """Send one annotation after the other, and remember which were acknowledged.
+
+    Attributes:
+        acknowledged: ids of the annotations that were answered with a success.
+        number: id of the newest annotation.
+    """
 
     def __init__(self, backend: RunningBackend) -> None:
         self._backend = backend
@@ -85,7 +91,7 @@ class Annotators:
         self._thread.join()
 
     def went_on(self, before: int) -> bool:
-        """Whether more are acknowledged than before."""
+        """Return whether more annotations are acknowledged than before."""
         return len(self.acknowledged) > before
 
     def _work(self) -> None:
@@ -105,7 +111,7 @@ class Annotators:
 def running(
     label_studio: LabelStudioServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningBackend]:
-    """A backend that trains whenever an annotation arrives."""
+    """Prepare a backend that trains whenever an annotation arrives; tests start it."""
     backend = RunningBackend(
         tmp_path_factory.mktemp("faults"),
         PYTHONPATH=str(ROOT),
@@ -124,12 +130,12 @@ def running(
 
 @pytest.fixture(scope="module")
 def seen(running: RunningBackend) -> Backend:
-    """The same state as the running one's, seen from here."""
+    """Open the running backend's database and registry in this process."""
     return Backend(load_settings(running.settings))
 
 
 def _processes(backend: RunningBackend) -> dict[str, list[psutil.Process]]:
-    """What may be killed, by its name."""
+    """Return the backend's processes by their role."""
     found: dict[str, list[psutil.Process]] = {}
     serve = psutil.Process(backend.pid)
     for process in serve.children(recursive=True):
@@ -139,8 +145,8 @@ def _processes(backend: RunningBackend) -> dict[str, list[psutil.Process]]:
         except (psutil.NoSuchProcess, AttributeError):
             continue
         for name, part in (
-            ("training", "training_process"),
-            ("auto-labelling", "autolabel_process"),
+            ("training", "ml_backend.programs.train"),
+            ("auto-labelling", "ml_backend.programs.predict"),
             ("worker", "ml_backend.cli worker"),
         ):
             if part in words:
@@ -162,7 +168,48 @@ def _answers(backend: RunningBackend) -> bool:
         return False
 
 
-def test_whatever_is_killed_nothing_is_lost_doubled_or_stuck(
+def _assert_acknowledged_are_stored(seen: Backend, acknowledged: set[int]) -> None:
+    with seen.database.reading() as session:
+        stored = set(session.scalars(select(Annotation.label_studio_id)))
+    assert acknowledged <= stored
+
+
+def _assert_each_project_has_one_live_version_that_loads(seen: Backend) -> None:
+    with seen.database.reading() as session:
+        for project in session.scalars(select(Project)):
+            (live,) = session.scalars(
+                select(ModelVersion.name).where(
+                    ModelVersion.project_id == project.id, ModelVersion.state == "live"
+                )
+            ).all()
+            assert live == project.live_version
+            Detector.load(seen.registry.existing(project.key, live), torch.device("cpu"))
+
+
+def _let_abandoned_jobs_be_taken_over(seen: Backend, killed_at: datetime) -> None:
+    """Pretend that the time has passed after which a silent job counts as abandoned."""
+    with seen.database.session() as session:
+        session.execute(
+            update(Job)
+            .where(Job.state == "running", Job.heartbeat_at < killed_at)
+            .values(heartbeat_at=now() - 2 * STALE_AFTER)
+        )
+
+
+def _all_jobs_ended(seen: Backend) -> bool:
+    """Return whether every training and auto-labelling has ended; retries are due at once."""
+    with seen.database.session() as session:
+        session.execute(
+            update(Job).where(Job.state == "queued", Job.kind != "tidy").values(not_before=None)
+        )
+        projects = session.scalars(select(Project)).all()
+        busy = session.scalars(
+            select(Job).where(Job.state.in_(("waiting", "queued", "running")), Job.kind != "tidy")
+        ).all()
+    return not busy and all(p.trained_revision >= p.revision for p in projects)
+
+
+def test_running_backend_processes_killed_loses_doubles_and_blocks_nothing(
     label_studio: LabelStudioServer, running: RunningBackend, seen: Backend
 ) -> None:
     images = {i.name: i.encoded() for i in generate(30, seed=72, width=128, height=96)}
@@ -173,25 +220,8 @@ def test_whatever_is_killed_nothing_is_lost_doubled_or_stuck(
     make_live(seen, detector, "v0", key=ELSEWHERE, label_config=LABEL_CONFIG)
     running.start()
 
-    def everything_acknowledged_is_there(acknowledged: set[int]) -> None:
-        with seen.database.reading() as session:
-            stored = set(session.scalars(select(Annotation.label_studio_id)))
-        assert acknowledged <= stored
-
-    def one_of_each_is_live_and_loads() -> None:
-        with seen.database.reading() as session:
-            for project in session.scalars(select(Project)):
-                (live,) = session.scalars(
-                    select(ModelVersion.name).where(
-                        ModelVersion.project_id == project.id, ModelVersion.state == "live"
-                    )
-                ).all()
-                assert live == project.live_version
-                folder = seen.artefacts.existing(project.key, live)
-                Detector.load(folder, torch.device("cpu"))
-
     chance = random.Random(0)
-    killed_in_words = set()
+    reasons = set()
     with Annotators(running) as annotators:
         for seed, name in enumerate(VICTIMS):
             if name == "auto-labelling":
@@ -199,7 +229,8 @@ def test_whatever_is_killed_nothing_is_lost_doubled_or_stuck(
             victims = wait_for(
                 functools.partial(_named, running, name), within=60, what=name, every=0.02
             )
-            # Both take three seconds to begin.
+            # A random moment of the process's life: a training and auto-labelling both need three
+            # seconds to begin.
             time.sleep(chance.uniform(0, 4 if name in ("training", "auto-labelling") else 1))
             killed_at = now()
             for victim in victims:
@@ -216,39 +247,22 @@ def test_whatever_is_killed_nothing_is_lost_doubled_or_stuck(
                 what="annotations are acknowledged again",
             )
             if name in ("worker", "everything"):
-                # As if the half minute were over after which a silent job has lost its worker.
-                with seen.database.session() as session:
-                    session.execute(
-                        update(Job)
-                        .where(Job.state == "running", Job.heartbeat_at < killed_at)
-                        .values(heartbeat_at=now() - 2 * STALE_AFTER)
-                    )
-            everything_acknowledged_is_there(set(annotators.acknowledged))
-            one_of_each_is_live_and_loads()
+                _let_abandoned_jobs_be_taken_over(seen, killed_at)
+            _assert_acknowledged_are_stored(seen, set(annotators.acknowledged))
+            _assert_each_project_has_one_live_version_that_loads(seen)
             with seen.database.reading() as session:
-                killed_in_words |= {
-                    job.reason.partition(";")[0] for job in session.scalars(select(Job))
-                }
+                reasons |= {job.reason.partition(";")[0] for job in session.scalars(select(Job))}
     assert len(annotators.acknowledged) > len(VICTIMS)
-    assert "the training was killed (out of memory, most likely)" in killed_in_words
+    assert "the training was killed (out of memory, most likely)" in reasons
 
-    def all_ended() -> bool:
-        with seen.database.session() as session:
-            # Nobody waits for what is put off.
-            session.execute(
-                update(Job).where(Job.state == "queued", Job.kind != "tidy").values(not_before=None)
-            )
-            projects = session.scalars(select(Project)).all()
-            busy = session.scalars(
-                select(Job).where(
-                    Job.state.in_(("waiting", "queued", "running")), Job.kind != "tidy"
-                )
-            ).all()
-        return not busy and all(p.trained_revision >= p.revision for p in projects)
-
-    wait_for(all_ended, within=120, what=f"every job ends: {running.tail()}", every=1)
-    everything_acknowledged_is_there(annotators.acknowledged)
-    one_of_each_is_live_and_loads()
+    wait_for(
+        functools.partial(_all_jobs_ended, seen),
+        within=120,
+        what=f"every job ends: {running.tail()}",
+        every=1,
+    )
+    _assert_acknowledged_are_stored(seen, annotators.acknowledged)
+    _assert_each_project_has_one_live_version_that_loads(seen)
     held = predictions_held(label_studio, number)
     assert set(held.values()) == {1}
     with seen.database.reading() as session:
@@ -256,7 +270,7 @@ def test_whatever_is_killed_nothing_is_lost_doubled_or_stuck(
     assert {task for task, version in held if version == live} == set(tasks.values())
 
 
-def test_a_full_disk_is_said_and_costs_nothing_that_was_acknowledged(
+def test_webhook_disk_full_answers_503_and_keeps_what_was_acknowledged(
     running: RunningBackend, seen: Backend
 ) -> None:
     if not _answers(running):
@@ -267,12 +281,12 @@ def test_a_full_disk_is_said_and_costs_nothing_that_was_acknowledged(
     wait_for(
         lambda: running.post("/predict", body).json()["model_version"] == "roomy",
         within=20,
-        what="it serves",
+        what="the version predicts",
     )
     family = [p for p in _processes(running)["everything"] if p.is_running()]
     before = {p.pid: resource.prlimit(p.pid, resource.RLIMIT_FSIZE) for p in family}
     for process in family:
-        # No file of theirs can be written: it is as if the disk were full, for these alone.
+        # These processes cannot write to any file, as if the disk were full for them alone.
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (0, before[process.pid][1]))
     refused = running.post("/webhook", _event(500_001))
     assert refused.status_code == 503
@@ -292,10 +306,10 @@ def test_a_full_disk_is_said_and_costs_nothing_that_was_acknowledged(
     assert 500_001 not in stored
 
 
-def test_two_servers_on_one_folder_are_as_one(running: RunningBackend, seen: Backend) -> None:
+def test_two_servers_one_folder_work_as_one(running: RunningBackend, seen: Backend) -> None:
     if not _answers(running):
         running.start()
-    # On the same port it says in one line why not.
+    # On the same port the second one ends, with status 2.
     again = running.command("serve", status=2)
     assert again == ""
     second = RunningBackend(running.log.parent / "second", **running.settings)
@@ -303,8 +317,8 @@ def test_two_servers_on_one_folder_are_as_one(running: RunningBackend, seen: Bac
     second.settings |= {"PORT": str(second.port), "MODEL_DIR": str(running.model_dir)}
     folder = running.model_dir / "projects" / ELSEWHERE / ".building-now"
     folder.mkdir(parents=True)
-    with wait_for(lambda: _held(seen), within=60, what="no training runs"):
-        # What a training is writing is not swept away by the start of another server.
+    with wait_for(lambda: _training_lock(seen), within=60, what="no training runs"):
+        # The start of another server must not remove the folder that a training is writing.
         second.start()
         assert folder.is_dir()
     try:
@@ -317,7 +331,8 @@ def test_two_servers_on_one_folder_are_as_one(running: RunningBackend, seen: Bac
         second.stop()
 
 
-def _held(seen: Backend) -> Any:
+def _training_lock(seen: Backend) -> Any:
+    """Take the lock that only one training can have; return None while a training has it."""
     lock = turn(seen.settings, "train")
     try:
         lock.acquire()
@@ -326,10 +341,11 @@ def _held(seen: Backend) -> Any:
     return lock
 
 
-# A training by itself
+# A training without a server
 
 
-def _asked_for(folder: Path, preset: str) -> tuple[Backend, int]:
+def _queue_training(folder: Path, preset: str) -> tuple[Backend, int]:
+    """Store six annotations and queue a training; return the backend and the job's number."""
     settings = {
         "MODEL_DIR": str(folder),
         "ML_BACKEND_PRESET": f"tests.stand_in:{preset}",
@@ -356,8 +372,9 @@ def _train_with_little_room(job: int) -> int:
     return main(job, os.getppid())
 
 
-def test_a_checkpoint_that_the_disk_has_no_room_for_is_said(tmp_path: Path) -> None:
-    backend, number = _asked_for(tmp_path, "LARGE")
+@pytest.mark.slow
+def test_training_disk_full_at_checkpoint_fails_with_a_reason(tmp_path: Path) -> None:
+    backend, number = _queue_training(tmp_path, "LARGE")
     settings = {
         **{k: v for k, v in os.environ.items() if k == "PATH"},
         "MODEL_DIR": str(tmp_path),
@@ -382,10 +399,11 @@ def test_a_checkpoint_that_the_disk_has_no_room_for_is_said(tmp_path: Path) -> N
         assert session.scalars(select(Project.live_version)).one() == "v0"
 
 
-def test_a_training_that_hangs_is_ended_and_said(
+@pytest.mark.slow
+def test_supervisor_training_hangs_ends_it_with_a_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backend, number = _asked_for(tmp_path, "HANGING")
+    backend, number = _queue_training(tmp_path, "HANGING")
     assert backend.jobs.claim(number) is not None
     for name, value in {
         "MODEL_DIR": str(tmp_path),
@@ -395,7 +413,7 @@ def test_a_training_that_hangs_is_ended_and_said(
         "PYTHONPATH": str(ROOT),
     }.items():
         monkeypatch.setenv(name, value)
-    # The real one waits longer; but it does not wait for ever.
+    # The limit of a real training is longer than this test can wait, but there is one.
     real = training(backend.settings)
     assert real.silence is not None
     assert real.silence <= backend.settings.train_budget + 900

@@ -1,7 +1,7 @@
-"""Every endpoint, asked what nobody thought of: never a 500, a traceback, or what is not described.
+"""Send generated requests to every endpoint: no 500, no traceback, no answer that is not described.
 
-Without basic authentication, so that what is sent gets past the door; `test_http.py` tests the
-door itself.
+There is no basic authentication, so that requests reach the endpoints; `test_http.py` tests
+authentication.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from schemathesis.specs.openapi.checks import (
 from tests.conftest import CAPTURES, capture
 from tests.test_http import DOORS, Served
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = settings(
     max_examples=40,
     deadline=None,
@@ -46,7 +48,7 @@ CHECKED = [
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     served = Served(tmp_path_factory.mktemp("fuzzed"), ML_BACKEND_ALLOWED_IMAGE_HOSTS="127.0.0.1")
-    # Known, and with enough annotated for a training, so that more than refusals comes back.
+    # A known project with enough annotations for a training gets other answers than refusals.
     served.post("/setup", capture("POST_setup"))
     served.post("/webhook", capture("POST_webhook_ANNOTATIONS_CREATED"))
     yield served
@@ -58,7 +60,7 @@ def described(served: Served) -> Any:
     return schemathesis.openapi.from_wsgi("/openapi.json", served.app)
 
 
-def test_what_is_described_is_what_is_there(served: Served) -> None:
+def test_openapi_names_every_endpoint(served: Served) -> None:
     answer = served.client.get("/openapi.json")
     assert answer.json is not None
     found = {(method.upper(), path) for path, of in answer.json["paths"].items() for method in of}
@@ -66,9 +68,11 @@ def test_what_is_described_is_what_is_there(served: Served) -> None:
 
 
 @pytest.mark.parametrize(("method", "path"), sorted(DOORS))
-def test_every_endpoint_answers_as_it_is_described(described: Any, method: str, path: str) -> None:
+def test_endpoint_generated_request_answers_as_described(
+    described: Any, method: str, path: str
+) -> None:
     operation = described[path][method.lower()]
-    # What fits the description, and what does not.
+    # Requests that fit the description, and requests that do not.
     for mode in GenerationMode if operation.body else [GenerationMode.POSITIVE]:
 
         @SETTINGS
@@ -98,7 +102,7 @@ _RECORDED = sorted(path.stem for path in CAPTURES.glob("POST_*.json"))
 
 
 def _places(content: Any, where: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
-    """Every place in a body at which something can be put."""
+    """Yield the path of every value in a body."""
     inner = content.items() if isinstance(content, dict) else enumerate(content)
     for name, value in inner:
         yield (*where, name)
@@ -108,7 +112,7 @@ def _places(content: Any, where: tuple[str | int, ...] = ()) -> Iterator[tuple[s
 
 @settings(SETTINGS, max_examples=300)
 @given(data=st.data())
-def test_a_recorded_request_with_something_wrong_anywhere_is_taken_or_refused(
+def test_recorded_request_changed_at_random_is_taken_or_refused(
     served: Served, data: st.DataObject
 ) -> None:
     name = data.draw(st.sampled_from(_RECORDED))
@@ -120,7 +124,7 @@ def test_a_recorded_request_with_something_wrong_anywhere_is_taken_or_refused(
             inner = inner[step]
         inner[last] = data.draw(_ANYTHING)
     path = "/" + name.split("_")[1]
-    # NaN and infinities, which are no JSON, as careless clients send them.
+    # `json.dumps` writes NaN and infinities, which are not JSON, as careless clients do.
     answer = served.client.post(path, data=json.dumps(body), content_type="application/json")
     assert answer.status_code < 500, answer.text
     assert answer.json is not None
@@ -129,8 +133,8 @@ def test_a_recorded_request_with_something_wrong_anywhere_is_taken_or_refused(
         assert "Traceback" not in answer.text
 
 
-def test_after_all_that_it_is_well(served: Served) -> None:
-    """Runs last: what was stored on the way spoils nothing."""
+def test_server_after_all_generated_requests_still_answers(served: Served) -> None:
+    """Check, after the tests above, that what they stored does no harm."""
     assert served.client.get("/health").status_code == 200
     assert served.metric("ml_backend_webhooks_total") > 100
     assert served.version() == "untrained"

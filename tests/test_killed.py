@@ -1,7 +1,8 @@
-"""kill -9 before and after each step that leaves a trace: a write, a rename, a commit, a request.
+"""Send SIGKILL before and after steps with lasting effects: a write, rename, commit or request.
 
-The real code runs in a process of its own, and is killed at one of its steps; kills are spread
-evenly over them. Then everything is looked at, and it is begun again, as after a restart.
+The real code runs in a process of its own, which is killed at one of its steps; the kills are
+spread evenly over the steps. Then the stored state is checked, and the work is started again, as
+after a restart.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from sqlalchemy import select, update
 
@@ -33,14 +35,16 @@ from tests import stand_in
 from tests.conftest import capture, make_live, predictions_held
 from tests.steps import Steps
 
+pytestmark = pytest.mark.slow
+
 KEY = "7.1795463889"
 STORING, TRAINING, AUTO_LABELLING, MIGRATING = 10, 24, 10, 6
-"""Kills; fifty in all."""
+"""Numbers of kills, fifty in all."""
 CPU = torch.device("cpu")
 
 
 def _spread(kills: int, steps: int) -> Iterator[int]:
-    """So many of the steps, evenly."""
+    """Yield the numbers of as many steps as there are kills, evenly spread."""
     assert steps >= kills, f"{steps} steps are too few"
     return iter(1 + number * steps // kills for number in range(kills))
 
@@ -62,15 +66,15 @@ def _stand_in() -> Detector:
     return detector
 
 
-def _one_is_live_and_loads(backend: Backend) -> str:
-    """Of the only project; answers which version."""
+def _check_versions(backend: Backend) -> str:
+    """Check that one version is live and that all kept ones load; return the live version."""
     with backend.database.reading() as session:
         project = session.scalars(select(Project)).one()
         versions = session.scalars(select(ModelVersion)).all()
     (live,) = [v.name for v in versions if v.state == "live"]
     assert live == project.live_version
     for version in versions:
-        # What can be rolled back to is there as well, whole.
+        # Versions that can be rolled back to must load as well.
         if version.state != "pruned":
             Detector.load(backend.artefacts.existing(project.key, version.name), CPU)
     return live
@@ -80,7 +84,7 @@ def _one_is_live_and_loads(backend: Backend) -> str:
 
 
 def _store(first: int, receipts: str) -> int:
-    """Posts ten annotations to the application; notes each that is acknowledged."""
+    """Post ten annotations to the application; write the id of each acknowledged one to a file."""
     from ml_backend.http.app import create_app
 
     backend = Backend(load_settings())
@@ -89,7 +93,7 @@ def _store(first: int, receipts: str) -> int:
         for number in range(first, first + 10):
             if client.post("/webhook", json=_event(number)).status_code == 200:
                 file.write(f"{number}\n")
-    # Without waiting for its threads.
+    # `os._exit` does not wait for threads.
     os._exit(0)
 
 
@@ -100,11 +104,11 @@ def _event(number: int) -> dict[str, Any]:
     return body
 
 
-def test_what_was_acknowledged_is_there(tmp_path: Path) -> None:
+def test_webhook_killed_at_any_step_keeps_what_was_acknowledged(tmp_path: Path) -> None:
     settings = _settings(tmp_path / "state")
     steps = Steps(settings, _store)
     receipts = tmp_path / "receipts"
-    # The first start migrates as well.
+    # The first start also migrates the database.
     steps.count(1, str(receipts))
     total = steps.count(101, str(receipts))
     for number, step in enumerate(_spread(STORING, total), 1):
@@ -117,7 +121,7 @@ def test_what_was_acknowledged_is_there(tmp_path: Path) -> None:
     acknowledged = {int(line) for line in receipts.read_text().split()}
     assert len(acknowledged) > 10
     assert acknowledged <= stored
-    # At most one was stored without an acknowledgement by each that was killed; none in part.
+    # Each kill can leave one annotation that is stored and was not acknowledged, and none in part.
     assert len(stored - acknowledged) <= STORING
     assert (revision, None in tasks) == (len(stored), False)
 
@@ -131,7 +135,7 @@ def _train(job: int) -> int:
     return main(job, os.getppid())
 
 
-def test_a_training_killed_anywhere_leaves_one_version_live(tmp_path: Path) -> None:
+def test_training_killed_at_any_step_leaves_one_live_version(tmp_path: Path) -> None:
     settings = _settings(tmp_path, ML_BACKEND_KEEP_VERSIONS="2")
     backend = Backend(load_settings(settings))
     make_live(backend, _stand_in(), "v0", key=KEY, label_config=LABEL_CONFIG)
@@ -163,21 +167,21 @@ def test_a_training_killed_anywhere_leaves_one_version_live(tmp_path: Path) -> N
     first = asked_for()
     total = steps.count(first)
     assert ended(first) == "done"
-    seen = {_one_is_live_and_loads(backend)}
+    seen = {_check_versions(backend)}
     for step in _spread(TRAINING, total):
         job = asked_for()
-        # A run of another length may end before it.
+        # A run may have fewer steps than the counted one.
         killed = steps.killed_at(step, job)
         assert killed or step > total - 5
-        seen.add(_one_is_live_and_loads(backend))
-        # What its worker does.
+        seen.add(_check_versions(backend))
+        # The worker that finds the process dead does this.
         backend.jobs.try_again(job, "the training was killed", wait=0)
         assert ended(job) in {"queued", "failed", "done"}
     backend.artefacts.sweep()
     last = asked_for()
     steps.count(last)
     assert ended(last) == "done"
-    seen.add(_one_is_live_and_loads(backend))
+    seen.add(_check_versions(backend))
     assert len(seen) > 3
     leftovers = [p.name for p in (tmp_path / "projects" / KEY).iterdir() if p.name[0] == "."]
     assert leftovers == []
@@ -190,11 +194,11 @@ def test_a_training_killed_anywhere_leaves_one_version_live(tmp_path: Path) -> N
 def _autolabel(job: int) -> int:
     from ml_backend.programs.predict import main
 
-    # Without waiting for its threads.
+    # `os._exit` does not wait for threads.
     os._exit(main(job, os.getppid()))
 
 
-def test_auto_labelling_killed_anywhere_doubles_nothing(
+def test_autolabel_killed_at_any_step_doubles_no_prediction(
     label_studio: LabelStudioServer, tmp_path: Path
 ) -> None:
     images = {i.name: i.encoded() for i in generate(45, seed=52, width=128, height=96)}
@@ -218,7 +222,7 @@ def test_auto_labelling_killed_anywhere_doubles_nothing(
         assert backend.jobs.claim(asked.job) is not None
         return asked.job
 
-    # The first time it asks whether the project is there.
+    # Only the first run asks whether the project exists, so that its steps are not the usual ones.
     steps.count(live("v0"))
     total = steps.count(live("v1"))
     expected = Counter((task, version) for task in tasks.values() for version in ("v0", "v1"))
@@ -265,7 +269,7 @@ def _at_schema(file: Path, revision: str) -> None:
     database.close()
 
 
-def test_a_migration_killed_anywhere_can_be_begun_again(tmp_path: Path) -> None:
+def test_migration_killed_at_any_step_ends_when_started_again(tmp_path: Path) -> None:
     steps = Steps({}, _migrate)
 
     def old(name: str) -> str:

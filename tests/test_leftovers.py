@@ -1,4 +1,4 @@
-"""What a request for predictions left over is done apart from the server, once, and to its end."""
+"""Tasks that a request for predictions left over are predicted once, beside the server."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TRUCKS = LABEL_CONFIG.replace('<Label value="Circle"/>', '<Label value="truck"/>
 
 
 class Site:
-    """Tasks in Label Studio that a request left over, and a backend that may run or not."""
+    """Use a project in Label Studio, and a backend that may run or not."""
 
     def __init__(
         self,
@@ -51,11 +51,11 @@ class Site:
             for start in range(0, count, 100)
             for task in client.tasks(self.project, self.tasks[start : start + 100])
         ]
-        # The same state as the running one's, seen from here.
+        # Opens the running backend's database and registry in this process.
         self.backend = Backend(load_settings(running.settings))
 
     def hand_over(self) -> int:
-        """Leaves the tasks over, as a request does; answers the job."""
+        """Hand all tasks over to a job, as a request does; return its number."""
         row = self.backend.ingest.introduce(
             self.key, self.project, label_config=self.label_config
         ).id
@@ -64,28 +64,28 @@ class Site:
         return number
 
     def job(self, number: int) -> Job:
-        """A job that must be there."""
+        """Return a job, which must exist."""
         job = self.backend.jobs.get(number)
         assert job is not None
         return job
 
-    def ended(self, number: int) -> Job:
-        """Waits for a job's end."""
+    def wait_until_ended(self, number: int) -> Job:
+        """Wait for a job's end; return the job."""
         wait_for(
             lambda: self.job(number).state not in {"queued", "running"},
             within=120,
-            what=f"the left-over tasks are done with: {self.running.tail()}",
+            what=f"the job ends: {self.running.tail()}",
         )
         return self.job(number)
 
     def predictions(self) -> dict[int, Counter[str]]:
-        """How many predictions of each version every task holds."""
+        """Count the predictions of each version that Label Studio holds, task by task."""
         return predictions_by_task(self.server, self.project)
 
 
 @pytest.fixture
 def running(label_studio: LabelStudioServer, tmp_path: Path) -> Iterator[RunningBackend]:
-    """A backend that knows Label Studio, and is not started yet."""
+    """Prepare a backend that knows Label Studio; tests start it."""
     backend = RunningBackend(
         tmp_path,
         LABEL_STUDIO_URL=label_studio.url,
@@ -97,14 +97,14 @@ def running(label_studio: LabelStudioServer, tmp_path: Path) -> Iterator[Running
 
 
 def _process(backend: RunningBackend) -> psutil.Process | None:
-    """The process that predicts for a backend."""
+    """Return the process that predicts for a backend, if there is one."""
     for child in psutil.Process(backend.pid).children(recursive=True):
         if "ml_backend.programs.predict" in child.cmdline():
             return child
     return None
 
 
-def test_they_are_predicted_beside_the_server_and_go_on_where_they_were(
+def test_left_over_tasks_process_killed_goes_on_where_it_was(
     label_studio: LabelStudioServer, running: RunningBackend
 ) -> None:
     site = Site(label_studio, running, 220)
@@ -119,12 +119,12 @@ def test_they_are_predicted_beside_the_server_and_go_on_where_they_were(
     assert process is not None
     process.suspend()
     assert process.nice() == 19
-    # However long some take, the job does not count as dead.
+    # A task that takes long does not let the job count as abandoned.
     silent = site.job(number)
     wait_for(
         lambda: site.job(number).heartbeat_at != silent.heartbeat_at,
         within=20,
-        what="its heart beats",
+        what="its heartbeat",
     )
     assert (silent.payload["done"], len(silent.payload["tasks"])) == (100, 120)
     process.kill()
@@ -132,31 +132,31 @@ def test_they_are_predicted_beside_the_server_and_go_on_where_they_were(
     with site.backend.database.session() as session:
         session.get_one(Job, number).not_before = now()
         session.get_one(Job, number).heartbeat_at = now() - 2 * STALE_AFTER
-    job = site.ended(number)
+    job = site.wait_until_ended(number)
     assert (job.state, job.version, job.payload["done"]) == ("done", "v1", 220)
     assert job.reason == "220 predictions imported for 220 left-over tasks"
     assert site.predictions() == {task: Counter(v1=1) for task in site.tasks}
 
 
-def test_without_a_token_it_is_refused_in_words(
+def test_left_over_tasks_without_a_token_are_refused_with_a_reason(
     label_studio: LabelStudioServer, running: RunningBackend
 ) -> None:
     site = Site(label_studio, running, 2)
     del running.settings["LABEL_STUDIO_API_KEY"]
     running.start()
-    job = site.ended(site.hand_over())
+    job = site.wait_until_ended(site.hand_over())
     assert job.state == "refused"
     assert "without a token: set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY" in job.reason
 
 
-def test_before_the_first_training_cocos_weights_are_waited_for(
+def test_left_over_tasks_untrained_project_are_predicted_with_coco_weights(
     label_studio: LabelStudioServer, running: RunningBackend, tmp_path: Path
 ) -> None:
     known = SMALL.architecture.published_labels or ()
     torch.manual_seed(0)
     state: dict[str, Any] = SMALL.architecture.build(len(known)).state_dict()
     state["roi_heads.box_predictor.cls_score.bias"][known.index("truck") + 1] = 12.0
-    # Stands in for the download, which not every machine can do.
+    # Weights in torch's cache take the place of the download, which needs the internet.
     weights = FasterRCNN_MobileNet_V3_Large_320_FPN_Weights.COCO_V1
     checkpoints = tmp_path / "torch/hub/checkpoints"
     checkpoints.mkdir(parents=True)
@@ -168,7 +168,7 @@ def test_before_the_first_training_cocos_weights_are_waited_for(
     }
     site = Site(label_studio, running, 3, TRUCKS)
     running.start()
-    job = site.ended(site.hand_over())
+    job = site.wait_until_ended(site.hand_over())
     assert (job.state, job.version) == ("done", "untrained-coco"), job.reason
     assert job.reason == "3 predictions imported for 3 left-over tasks"
     assert site.predictions() == {task: Counter({"untrained-coco": 1}) for task in site.tasks}

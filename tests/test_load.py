@@ -1,4 +1,4 @@
-"""A server that everybody wants something of at once loses nothing."""
+"""Send a server far more at once than it ever gets: it must store everything."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _image(picture: ShapeImage) -> str:
     return f"data:image/png;base64,{base64.b64encode(picture.encoded()).decode()}"
 
 
-def test_a_thousand_webhooks_during_a_training_while_sixteen_annotate_are_all_stored(
+def test_server_thousand_webhooks_during_a_training_stores_all(
     make_backend: MakeBackend,
 ) -> None:
     backend = make_backend(
@@ -69,7 +69,7 @@ def test_a_thousand_webhooks_during_a_training_while_sixteen_annotate_are_all_st
     done = threading.Event()
 
     def open_tasks(number: int) -> list[tuple[int, int, str]]:
-        """What an annotator gets who opens one task after the other."""
+        """Open one task after the other; return status, number of results and version of each."""
         task = {"id": number, "data": {"image": pictures[number % LEARNED]}}
         body = {"tasks": [task], "project": KEY, "label_config": CONFIG, "params": {}}
         opened = []
@@ -96,7 +96,7 @@ def test_a_thousand_webhooks_during_a_training_while_sixteen_annotate_are_all_st
     assert answers == [(200, {"status": "stored", "changed": 1})] * HOOKS
     assert set(opened) == {(200, 1, "v1")}
     assert len(opened) >= ANNOTATORS
-    # All the while the training went on, and still does.
+    # The training ran all the while.
     assert (training().state, training().attempt) == ("running", 1)
     with parts.database.reading() as session:
         project = session.scalars(select(Project)).one()

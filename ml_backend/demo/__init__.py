@@ -1,1 +1,1 @@
-"""What a newcomer tries first: Label Studio, this backend, and a project of generated images."""
+"""Run Label Studio and this backend together, with a project of generated images."""

@@ -1,4 +1,4 @@
-"""`python -m ml_backend.demo`: Label Studio and this backend, with a project that is ready."""
+"""Run the demo: `python -m ml_backend.demo --label-studio PROGRAM`, or `make demo`."""
 
 from __future__ import annotations
 
@@ -31,23 +31,25 @@ from ml_backend.worker.processes import die_with_parent
 
 IMAGES = 150
 ANNOTATED = 30
-"""Annotated from the start, so that a first training begins by itself."""
+"""Images that are annotated from the start, so that a first training starts by itself."""
 
 _out = Console(emoji=False)
 
 
 def main(
     label_studio: Annotated[Path, typer.Option(help="The `label-studio` program.")],
-    data: Annotated[Path, typer.Option(help="Where everything is kept.")] = Path("demo-data"),
-    exit_when_ready: Annotated[bool, typer.Option(help="Stop once all is connected.")] = False,
+    data: Annotated[Path, typer.Option(help="The folder for all data.")] = Path("demo-data"),
+    exit_when_ready: Annotated[
+        bool, typer.Option(help="Stop once the project is connected.")
+    ] = False,
 ) -> None:
-    """Start Label Studio and the backend together; a second start goes on where it was left."""
+    """Start Label Studio and the backend; a second start goes on with the same project."""
     if not label_studio.is_file():
         _out.print(
             f"[red]there is no program {escape(str(label_studio))}:[/] `make demo` installs it"
         )
         raise typer.Exit(1)
-    state = _state(data / "demo.json")
+    state = _read_or_make_state(data / "demo.json")
     stop = threading.Event()
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda *_: stop.set())
@@ -67,8 +69,8 @@ def main(
         }
         _out.print("starting the ML backend …")
         with _backend(settings, data / "ml-backend.log") as backend:
-            fresh = "project" not in state
-            if fresh:
+            is_new = "project" not in state
+            if is_new:
                 _out.print(f"making a project of {IMAGES} images …")
                 images = generate(IMAGES, seed=0)
                 project, tasks = create_project(
@@ -77,15 +79,15 @@ def main(
                 state["project"] = project
                 (data / "demo.json").write_text(json.dumps(state))
             _connect(state["project"], settings)
-            if fresh:
+            if is_new:
                 annotate(server, {tasks[i.name]: i for i in images[:ANNOTATED]})
             _out.print(
                 f"\n[bold green]ready[/]  {server.url}/projects/{state['project']}/data\n"
                 f"       user      {login.email}\n"
                 f"       password  {login.password}\n\n"
-                f"{ANNOTATED} of {IMAGES} images are annotated, so a first training begins in a "
-                "few seconds and takes some\nminutes; from then on every task that you open has "
-                "boxes. How it is doing:\n"
+                f"{ANNOTATED} of {IMAGES} images are annotated, so a first training starts in a "
+                "few seconds and takes some\nminutes. After that, every task that you open has "
+                "boxes. To see the progress:\n"
                 f"  {escape(_environment(settings))} "
                 f"{escape(str(Path(sys.executable).parent))}/ml-backend status\n"
                 "Ctrl+C ends both.",
@@ -96,8 +98,8 @@ def main(
                 pass
 
 
-def _state(file: Path) -> dict[str, Any]:
-    """What a second start needs: login, ports, and the project."""
+def _read_or_make_state(file: Path) -> dict[str, Any]:
+    """Read the password, token, ports and project of an earlier start, or make new ones."""
     if file.is_file():
         return dict(json.loads(file.read_text()))
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -113,6 +115,7 @@ def _state(file: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _backend(settings: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Run `ml-backend serve` while the context lasts."""
     with log.open("ab") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "ml_backend.cli", "serve"],
@@ -140,6 +143,7 @@ def _connect(project: int, settings: dict[str, str]) -> None:
 
 
 def _environment(settings: dict[str, str]) -> str:
+    """Return the settings that a command needs, as words of a shell's command line."""
     return " ".join(
         f"{name}={settings[name]}"
         for name in ("LABEL_STUDIO_URL", "LABEL_STUDIO_API_KEY", "MODEL_DIR")
@@ -150,5 +154,5 @@ if __name__ == "__main__":
     try:
         typer.run(main)
     except (DidNotStart, requests.RequestException, subprocess.CalledProcessError) as error:
-        _out.print(f"[red]the demo did not come up:[/] {escape(str(error))}")
+        _out.print(f"[red]the demo did not start:[/] {escape(str(error))}")
         sys.exit(1)

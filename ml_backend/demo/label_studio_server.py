@@ -1,4 +1,4 @@
-"""A Label Studio of one's own: started with a fresh folder, ended with this process."""
+"""Run a Label Studio that ends with this process."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _START_WITHIN = 300.0
 
 
 class DidNotStart(RuntimeError):
-    """A program did not come up; the text names its log."""
+    """A program did not start; the text names its log."""
 
 
 @dataclass(frozen=True, slots=True)
 class Login:
-    """Who may log in.
+    """Hold the credentials of a user.
 
     Attributes:
-        email: the user.
-        password: the password.
-        token: the legacy token, 40 hexadecimal digits.
+        email: the user's name for logging in.
+        password: the user's password.
+        token: the user's legacy token, 40 hexadecimal digits.
     """
 
     email: str
@@ -41,17 +41,17 @@ class Login:
 
 
 class LabelStudioServer:
-    """Runs Label Studio, its data in a folder; a context manager.
+    """Run Label Studio while a context lasts.
 
-    Both switches of its guard against private addresses are off, because the backend beside it
-    has one.
+    Both switches of Label Studio's guard against private addresses are off, because the backend
+    on this machine has such an address.
 
     Args:
-        executable: `label-studio`, from an environment of its own.
-        folder: its data; kept, and found again at the next start.
-        port: where it listens; a free one where not given.
-        login: its first user; made up where not given.
-        environment: more environment variables for it.
+        executable: the program `label-studio`, from an environment of its own.
+        folder: holds all data, and is kept for the next start.
+        port: the port on 127.0.0.1 where it listens; a free one by default.
+        login: the first user; random credentials by default.
+        environment: more environment variables.
     """
 
     def __init__(
@@ -75,10 +75,10 @@ class LabelStudioServer:
         )
 
     def start(self) -> None:
-        """Starts it and waits until it answers; the first start takes a minute (migrations).
+        """Start Label Studio and wait until it answers; migrations make the first start slow.
 
         Raises:
-            DidNotStart: it ended, or did not answer within five minutes.
+            DidNotStart: Label Studio ended, or did not answer within five minutes.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         file = self._folder / "label-studio.log"
@@ -109,7 +109,7 @@ class LabelStudioServer:
         wait_until_healthy(self.url, self._process, file, within=_START_WITHIN)
 
     def stop(self) -> None:
-        """Ends it."""
+        """Send SIGTERM, and SIGKILL after ten seconds; wait for the end."""
         if self._process is not None:
             self._process.terminate()
             try:
@@ -134,15 +134,15 @@ class LabelStudioServer:
 
 
 def free_port() -> int:
-    """A port where nothing listens at the moment."""
+    """Return a port on 127.0.0.1 where nothing listens at the moment."""
     return free_ports(1)[0]
 
 
 def free_ports(count: int) -> list[int]:
-    """As many different ports where nothing listens at the moment."""
-    # All are held until the last is found: one that was let go may be found again.
-    with ExitStack() as held:
-        probes = [held.enter_context(socket.socket()) for _ in range(count)]
+    """Return different ports on 127.0.0.1 where nothing listens at the moment."""
+    # All stay bound until the last is found: a port that is free again may be found twice.
+    with ExitStack() as bound:
+        probes = [bound.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:
             probe.bind(("127.0.0.1", 0))
         return [int(probe.getsockname()[1]) for probe in probes]
@@ -151,10 +151,16 @@ def free_ports(count: int) -> list[int]:
 def wait_until_healthy(
     url: str, process: subprocess.Popen[bytes], log: Path, *, within: float
 ) -> None:
-    """Waits until a server answers `/health`.
+    """Wait until a server answers `/health`.
+
+    Args:
+        url: the server's address.
+        process: the server; the wait is over when it ends.
+        log: the file that an error names.
+        within: seconds to wait.
 
     Raises:
-        DidNotStart: it ended, or did not answer in time.
+        DidNotStart: the server ended, or did not answer in time.
     """
     until = time.monotonic() + within
     while time.monotonic() < until:
@@ -164,6 +170,6 @@ def wait_until_healthy(
             if requests.get(f"{url}/health", timeout=2).ok:
                 return
         except requests.RequestException:
-            # Not yet up.
-            time.sleep(0.3)
+            # The server is not up yet.
+            time.sleep(0.1)
     raise DidNotStart(f"{url} does not answer after {within:g} s: see {log}")

@@ -1,4 +1,4 @@
-"""What a person would do in Label Studio's pages: create a project, upload images, draw boxes."""
+"""Create a project in Label Studio, upload images and annotate them, through its API."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _UPLOADS = 50
 def create_project(
     server: LabelStudioServer, title: str, label_config: str, images: Mapping[str, bytes]
 ) -> tuple[int, dict[str, int]]:
-    """Creates a project and uploads images; answers its id, and the task of each image's name."""
+    """Create a project and upload images; return its id, and the task of each image's name."""
     answer = requests.post(
         f"{server.url}/api/projects/",
         headers=_headers(server),
@@ -37,10 +37,10 @@ def create_project(
 
 
 def upload(server: LabelStudioServer, project: int, images: Mapping[str, bytes]) -> dict[str, int]:
-    """Uploads images; answers the task of each image's name."""
+    """Upload JPEG images; return the task of each image's name."""
     names = list(images)
     for start in range(0, len(names), _UPLOADS):
-        # Under one field name for all, Label Studio would keep the last file only.
+        # Label Studio keeps only the last file of each field name.
         files = {
             f"file{i}": (name, images[name], "image/jpeg")
             for i, name in enumerate(names[start : start + _UPLOADS])
@@ -68,7 +68,7 @@ def upload(server: LabelStudioServer, project: int, images: Mapping[str, bytes])
 
 
 def annotate(server: LabelStudioServer, tasks: Mapping[int, ShapeImage]) -> None:
-    """Draws the boxes of generated images by hand, so to say."""
+    """Annotate tasks with the boxes of their generated images, at 7 s a box."""
     for task, image in tasks.items():
         requests.post(
             f"{server.url}/api/tasks/{task}/annotations/",
@@ -79,7 +79,7 @@ def annotate(server: LabelStudioServer, tasks: Mapping[int, ShapeImage]) -> None
 
 
 def regions(image: ShapeImage) -> list[dict[str, Any]]:
-    """The regions of a generated image, as the browser would send them."""
+    """Return a generated image's regions as the browser sends them, in percent of the image."""
     width, height = image.image.size
     return [
         {

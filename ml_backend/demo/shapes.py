@@ -1,4 +1,4 @@
-"""Images to try a detector on: shapes on textured backgrounds, some small, some overlapping."""
+"""Generate images of shapes on textured backgrounds, some small, some overlapping."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from PIL import Image, ImageDraw, ImageFilter
 
 SHAPES = ("Circle", "Square", "Triangle", "Star")
 _SCALE = 2
-"""Drawn larger and shrunk, so that edges are smooth."""
+"""Images are drawn this much larger and shrunk, so that edges are smooth."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShapeImage:
-    """A generated image and what is on it.
+    """Hold a generated image and the shapes on it.
 
     Attributes:
-        name: of its file.
-        image: RGB.
+        name: the name of its file.
+        image: the image, RGB.
         boxes: float32 `[N, 4]`, `x1, y1, x2, y2` in pixels.
-        labels: `N` names of shapes.
+        labels: the names of the `N` shapes.
     """
 
     name: str
@@ -33,7 +33,7 @@ class ShapeImage:
     labels: tuple[str, ...]
 
     def encoded(self) -> bytes:
-        """The image as JPEG."""
+        """Return the image as JPEG."""
         target = io.BytesIO()
         self.image.save(target, "JPEG", quality=90)
         return target.getvalue()
@@ -48,15 +48,15 @@ def generate(
     height: int = 240,
     most: int = 6,
 ) -> list[ShapeImage]:
-    """Generates images; the same arguments give the same images.
+    """Generate images; the same arguments give the same images.
 
     Args:
-        count: how many.
-        seed: another seed gives others.
-        shapes: what is drawn, of `SHAPES`.
-        width: of each image, in pixels.
-        height: of each image, in pixels.
-        most: objects on an image at most; some have none.
+        count: number of images.
+        seed: of the random numbers.
+        shapes: the names to draw from, of `SHAPES`.
+        width: width of each image, in pixels.
+        height: height of each image, in pixels.
+        most: largest number of shapes on an image; one image in twenty has none.
     """
     return [
         _one(np.random.default_rng((seed, i)), f"shapes-{seed}-{i}", shapes, width, height, most)
@@ -75,7 +75,7 @@ def _one(
     large = _background(random, width * _SCALE, height * _SCALE)
     boxes: list[tuple[float, float, float, float]] = []
     labels: list[str] = []
-    # One in twenty is empty: a true negative.
+    # An image without shapes is a true negative.
     wanted = 0 if random.random() < 0.05 else int(random.integers(1, most + 1))
     for _ in range(wanted):
         radius = float(random.uniform(9, 36)) * _SCALE
@@ -112,7 +112,7 @@ def _outline(
 
 
 def _background(random: np.random.Generator, width: int, height: int) -> Image.Image:
-    """Noise at several sizes between two colours: grass, sand, cloth."""
+    """Return an image of noise at several scales between two colours, like grass, sand or cloth."""
     noise = np.zeros((height, width))
     for cells in (3, 9, 27, 81):
         grid = Image.fromarray((255 * random.random((cells, cells))).astype(np.uint8))
@@ -125,7 +125,7 @@ def _background(random: np.random.Generator, width: int, height: int) -> Image.I
 
 
 def _hides(new: tuple[float, float, float, float], old: tuple[float, float, float, float]) -> bool:
-    """Whether a new box would cover more than a third of one that is there."""
+    """Return whether a new box covers more than a third of an old one."""
     across = min(new[2], old[2]) - max(new[0], old[0])
     down = min(new[3], old[3]) - max(new[1], old[1])
     if across <= 0 or down <= 0:

@@ -26,6 +26,7 @@ from ml_backend.audits.audits import Audits
 from ml_backend.http.request import backend
 from ml_backend.projects.connectivity import Connectivity
 from ml_backend.store.database import Database
+from ml_backend.store.states import JobKind
 from ml_backend.store.tables import UNTRAINED, Job, ModelVersion, Project, now
 
 blueprint = Blueprint("metrics", __name__)
@@ -129,7 +130,7 @@ class _FromDatabase:
 
 
 def _counted_by_jobs(session: Session) -> Iterator[Metric]:
-    """Sums what jobs that predict (`autolabel`, `predict`) have counted in their payloads."""
+    """Sums what jobs that predict (`autolabel`, `predict`) have counted in their checkpoints."""
     imported = CounterMetricFamily(
         "ml_backend_job_predictions",
         "Predictions that jobs imported into Label Studio",
@@ -148,17 +149,17 @@ def _counted_by_jobs(session: Session) -> Iterator[Metric]:
             Job.kind,
             Job.version,
             *(
-                aggregate(func.coalesce(Job.payload[name].as_integer(), 0))
+                aggregate(func.coalesce(Job.checkpoint[name].as_integer(), 0))
                 for name in ("imported", "left_out")
                 for aggregate in (func.sum, func.max)
             ),
         )
         .join(Project, Project.id == Job.project_id)
-        .where(Job.kind.in_(("autolabel", "predict")))
+        .where(Job.kind.in_((JobKind.AUTOLABEL, JobKind.AUTOLABEL_SHARD, JobKind.PREDICT)))
         .group_by(Project.key, Job.kind, Job.version)
     ):
         # Before the first version, each job goes on counting where the one before it ended.
-        goes_on = kind == "autolabel" and version in (None, UNTRAINED)
+        goes_on = kind == JobKind.AUTOLABEL and version in (None, UNTRAINED)
         total = sums.setdefault((key, kind), [0, 0])
         first = chosen.setdefault((key, kind), [0, 0])
         for place in (0, 1):
