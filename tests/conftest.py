@@ -33,7 +33,8 @@ from ml_backend.demo.label_studio_server import (
 from ml_backend.detection.detector import Detector
 from ml_backend.reasons import Code, reason
 from ml_backend.settings import load_settings
-from ml_backend.training.promotion import Verdict
+from ml_backend.store.database import Database
+from ml_backend.training.promotion import Verdict, Versions
 from tests.distributed import PostgreSQL, running_postgresql
 
 ROOT = Path(__file__).parents[1]
@@ -375,8 +376,31 @@ def make_live(
         "metrics": {"map50": 0.5, "map50_interval": {"low": 0.4, "high": 0.6}},
     }
     folder = backend.artefacts.publish(key, name, detector.save, card)
-    verdict = Verdict(promote=True, reason=reason(Code.FIRST_VERSION, ap50=0.5))
-    parent = project.live_version
-    with backend.database.session() as session:
-        backend.versions.record(session, project.id, name, card, verdict, parent=parent, revision=1)
+    record_version(
+        backend.versions,
+        backend.database,
+        project.id,
+        name,
+        card,
+        Verdict(promote=True, reason=reason(Code.FIRST_VERSION, ap50=0.5)),
+        parent=project.live_version,
+    )
     return folder
+
+
+def record_version(
+    versions: Versions,
+    database: Database,
+    project_id: int,
+    name: str,
+    card: dict[str, Any],
+    verdict: Verdict,
+    *,
+    parent: str | None,
+    revision: int = 1,
+) -> Verdict:
+    """Record a version in a transaction of its own; return the verdict that holds."""
+    with database.session() as session:
+        return versions.record(
+            session, project_id, name, card, verdict, parent=parent, revision=revision
+        )

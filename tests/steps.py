@@ -20,9 +20,7 @@ _WITHIN = 120
 
 # Children of a fork server start with all modules imported.
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(
-    ["tests.steps", "ml_backend.http.app", "ml_backend.programs.train"]
-)
+_processes.set_forkserver_preload(["tests.steps", "ml_backend.http.app", "ml_backend.programs.job"])
 
 
 class Steps:
