@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,11 @@ from ml_backend.demo.project import LABEL_CONFIG, annotate, create_project, uplo
 from ml_backend.demo.shapes import SHAPES, ShapeImage, generate
 from ml_backend.detection.detector import Detector
 from ml_backend.detection.presets import preset_named
+from ml_backend.jobs.reports import End, Reporter
 from ml_backend.label_studio.client import LabelStudioClient
+from ml_backend.programs.job import run
 from ml_backend.settings import load_settings
+from ml_backend.store.states import Trigger
 from ml_backend.store.tables import Job
 from ml_backend.wording import words
 from tests.conftest import (
@@ -35,6 +40,7 @@ from tests.conftest import (
     predictions_by_task,
     wait_for,
 )
+from tests.job_process import claim
 
 
 def _images(count: int, seed: int) -> list[ShapeImage]:
@@ -198,6 +204,42 @@ def test_autolabel_killed_half_way_goes_on_and_doubles_nothing(
         assert len(site.jobs()) == 1
     finally:
         backend.stop()
+
+
+def test_autolabel_shards_failed_before_a_checkpoint_fails_with_their_reason(
+    label_studio: LabelStudioServer, tmp_path: Path
+) -> None:
+    settings = {**_settings(label_studio), "ML_BACKEND_AUTO_LABEL_SHARD": "1"}
+    site = Site(label_studio, RunningBackend(tmp_path, **settings), _images(3, seed=27))
+    site.promote("v1")
+    site.promote("v2")
+    # The version before serves in its place, and its predictions are no substitute.
+    artefact = site.backend.artefacts.existing(site.key, "v2")
+    (artefact / "model.safetensors").write_text("damaged")
+    project = site.backend.ingest.introduce(site.key, site.project, label_config=LABEL_CONFIG).id
+    asked = site.backend.requests.autolabel(project, trigger=Trigger.COMMAND, forced=True)
+    assert asked is not None
+    _run_here(site.backend, asked.job)
+    shards = site.jobs("autolabel_shard")
+    assert len(shards) == 3
+    for shard in shards:
+        _run_here(site.backend, shard.id)
+    _run_here(site.backend, asked.job)
+    jobs = [*site.jobs(), *site.jobs("autolabel_shard")]
+    assert [job.state for job in jobs] == ["failed"] * 4
+    assert {words(job.reason) for job in jobs} == {
+        "v2 cannot be loaded (v1 predicts in its place): the log says why"
+    }
+    assert site.predictions() == {}
+
+
+def _run_here(backend: Backend, number: int) -> None:
+    """Do one run of a job in this process; its reports on the way are dropped."""
+    job = claim(backend, number)
+    with Path(os.devnull).open("wb") as dropped:
+        report = Reporter(dropped.fileno(), lambda: True)
+        outcome = run(backend, job, report, {})
+    backend.job_run(job, threading.Event()).apply(End.of(outcome))
 
 
 def test_stale_predictions_new_version_are_removed_and_nothing_else(
