@@ -95,7 +95,7 @@ class Site:
                 )
             )
 
-    def wait_until_done(self, version: str, kind: str = "autolabel", within: float = 60) -> Job:
+    def wait_until_done(self, version: str, kind: str = "autolabel", within: float = 180) -> Job:
         """Wait until the newest job is done, for this version if it names one; return it."""
 
         def ended() -> Job | None:

@@ -1,1 +1,1 @@
-"""Answers requests for predictions, and predicts the tasks that nobody opened."""
+"""Answers requests for predictions, and runs the jobs that predict or remove predictions."""

@@ -1,9 +1,9 @@
 """Predicts every task that nobody has annotated, and imports the predictions.
 
-A prediction holds whatever becomes of the job: killed at any moment, the job goes on after the last
-page whose import is known, and Label Studio is asked again before each import, so that no task gets
-two predictions of one version. The tasks of a large project are given to shards, which several
-workers take.
+An imported prediction stays, however the job ends. A job that was killed goes on after the page of
+its last checkpoint. Before each import it asks Label Studio again which tasks lack a prediction, so
+that no task gets two of one version. The tasks of a large project are given to shards, which
+several workers take.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from ml_backend.store.states import JobState
 from ml_backend.store.tables import UNTRAINED, Job, Project
 
 _PAGES = 20
-"""Pages of a small project: so often its progress is saved, and another live version noticed."""
+"""Pages of a small project. After each page the job saves a checkpoint and looks whether another
+version has gone live."""
 _SMALLEST_PAGE = 20
 _LARGEST_PAGE = 1000
 
@@ -97,7 +98,7 @@ class AutoLabel:
         version: str,
         reached: AutolabelCheckpoint,
     ) -> list[dict[str, Any]]:
-        """Parts of a large project's tasks, by id; none where one run is enough."""
+        """Splits a large project's tasks into parts by id; returns none where one run is enough."""
         size = self._parts.settings.auto_label_shard
         number, cursor = project.label_studio_id, reached.cursor
         _, left = client.unpredicted_tasks(number, version, after=cursor, limit=1)
@@ -121,7 +122,7 @@ class AutoLabel:
     def _choose_first_tasks(
         self, job: Job, project: Project, client: LabelStudioClient, config: LabelConfig
     ) -> Done:
-        """Before any model: imports predictions without a box, whose scores say where to begin."""
+        """Imports predictions without a box, before any model; their scores order the tasks."""
         reached = _reached(job, UNTRAINED)
 
         def pages() -> Iterator[dict[str, Any]]:
@@ -156,7 +157,7 @@ class AutoLabel:
 
 
 class _Run:
-    """One run over the tasks of a project, or over a shard's part of them."""
+    """Does one run over the tasks of a project, or over a shard's part of them."""
 
     def __init__(
         self,
@@ -182,11 +183,11 @@ class _Run:
             self.reached.cursor = max(self.reached.cursor, part.after)
 
     def look(self) -> tuple[str | None, int]:
-        """The live version, and the row of the newest task."""
+        """Reads the live version, and the row of the newest task."""
         return _look(self._parts, self._project.id, self.reached.newest_task)
 
     def label(self) -> Done:
-        """Predicts page after page."""
+        """Predicts the tasks and imports the predictions, page after page."""
         reached = self.reached
         while True:
             live, newest_task = self.look()
@@ -207,7 +208,7 @@ class _Run:
         return self._end()
 
     def _page(self) -> list[dict[str, Any]]:
-        """The next tasks without a prediction of the version."""
+        """Reads the next tasks without a prediction of the version."""
         reached = self.reached
         limit = min(max(_SMALLEST_PAGE, self._total // _PAGES), _LARGEST_PAGE)
         tasks, left = self._client.unpredicted_tasks(
@@ -221,7 +222,7 @@ class _Run:
         return mine
 
     def _predict(self, tasks: Sequence[dict[str, Any]]) -> list[dict[str, Any] | None] | None:
-        """The predictions of a page; None where another version has gone live meanwhile."""
+        """Predicts a page of tasks; returns None where another version has gone live meanwhile."""
         results: list[dict[str, Any] | None] = []
         for start in range(0, len(tasks), AT_ONCE):
             if start:
@@ -252,9 +253,9 @@ class _Run:
         tasks: Sequence[dict[str, Any]],
         results: Sequence[dict[str, Any] | None],
     ) -> None:
-        # Asked again, because meanwhile some tasks were annotated or deleted, and others were
-        # opened, which made Label Studio ask for their predictions itself; so did a run that was
-        # killed between its import and its note of it.
+        # Meanwhile tasks may have been annotated or deleted, or got a prediction: Label Studio asks
+        # for one itself when a task is opened, and an earlier run may have been killed between its
+        # import and its checkpoint.
         missing, _ = self._client.unpredicted_tasks(
             self._project.label_studio_id,
             self._version,
@@ -299,7 +300,7 @@ class _Run:
         return Done(why, self._version, result)
 
     def _with_shards(self) -> AutolabelCheckpoint:
-        """The work of this run and of the shards together.
+        """Adds up the work of this run and of the shards.
 
         Raises:
             Failed: a shard did not do its part; its reason says why.
@@ -308,8 +309,8 @@ class _Run:
         with self._parts.database.reading() as session:
             shards = session.scalars(select(Job).where(Job.parent_id == self._job.id)).all()
         for shard in shards:
-            # Shards of a version that was live when the job began are no part of this one's work. A
-            # shard that failed before its first checkpoint names the version in its row only.
+            # The job may have begun with another version. The checkpoint names none where the
+            # shard failed before it saved one, and the row does.
             if shard.version != self._version:
                 continue
             part = AutolabelCheckpoint.model_validate(shard.checkpoint)
@@ -322,8 +323,8 @@ class _Run:
         return whole
 
     def _stale(self) -> list[str] | None:
-        """Older versions that Label Studio holds predictions of; None where nothing is to be
-        removed."""
+        """Lists older versions that Label Studio holds predictions of; None where no removal is
+        needed."""
         with self._parts.database.reading() as session:
             ours = older_versions(session, self._project.id, self._version)
         held = self._client.prediction_counts(self._project.label_studio_id)
@@ -340,7 +341,7 @@ class _Run:
 
 
 def _reached(job: Job, version: str) -> AutolabelCheckpoint:
-    """How far a job is; all begins anew where it was begun with another version."""
+    """Reads a job's checkpoint; a checkpoint of another version counts for nothing."""
     reached = AutolabelCheckpoint.model_validate(job.checkpoint)
     if reached.version == version:
         return reached
@@ -354,14 +355,13 @@ def _look(parts: PredictionParts, project_id: int, newest: int) -> tuple[str | N
 
 
 class _Speed:
-    """Tells how fast a run is, measured from the first time that it is asked: loading a model takes
-    longer than some of the tasks."""
+    """Measures the speed of a run from the first question on, which leaves out the model's load."""
 
     def __init__(self) -> None:
         self._first: tuple[int, float] | None = None
 
     def reason(self, done: int, total: int) -> Reason:
-        """How far the run is, how fast, and how many seconds are left."""
+        """Makes the reason that tells progress, tasks a second, and the seconds that are left."""
         moment = time.monotonic()
         before, began = self._first = self._first or (done, moment)
         values: dict[str, Any] = {"done": done, "total": total}

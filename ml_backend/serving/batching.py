@@ -1,4 +1,4 @@
-"""Runs images that are asked for together in shared batches: one thread predicts, others wait."""
+"""Predicts the images of concurrent requests in shared batches, on one thread."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class BatchingPredictor:
                 return
 
     def _gather(self) -> tuple[list[_Asked], bool]:
-        """Takes the next batch: the first image, and all that wait behind it, up to the limit."""
+        """Takes the next batch: waits for an image, then takes all that wait, up to the limit."""
         first = self._asked.get()
         if first is None:
             return [], True

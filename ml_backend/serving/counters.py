@@ -1,4 +1,4 @@
-"""What Prometheus is told."""
+"""Defines the counters of predictions that `/metrics` shows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts that jobs which predict are made of, and the checks that they share."""
+"""Holds what the jobs that predict have in common: their parts and their checks."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ AT_ONCE = 100
 PATIENCE = 600.0
 """Seconds that the images of one request to the model may take."""
 _LOADING = 60.0
-"""Seconds that COCO's weights may take to load."""
+"""Seconds within which COCO's weights must be loaded."""
 
 
 @dataclass(frozen=True, slots=True)
 class PredictionParts:
-    """What a job that predicts works with.
+    """Bundles the objects that a job which predicts works with.
 
     Attributes:
         settings: limits of images.
@@ -63,7 +63,7 @@ class PredictionParts:
             return session.get_one(Project, project_id)
 
     def client_and_config(self, project: Project) -> tuple[LabelStudioClient, LabelConfig]:
-        """The client and the label config of a project.
+        """Makes the client of a project, and parses its label config.
 
         Raises:
             Refused: there is no token, or no label to detect.
@@ -90,7 +90,7 @@ class PredictionParts:
         return PRETRAINED
 
     def why_not(self, project: Project, config: LabelConfig, task: dict[str, Any]) -> str:
-        """Says why a task has no prediction: its images are read once more."""
+        """Finds out why a task has no prediction, by reading its images once more."""
         images = self.label_studios.images(project)
         try:
             for controls in config.controls_by_image().values():

@@ -42,7 +42,7 @@ _RETRY = 60.0
 
 @dataclass(slots=True, eq=False)
 class LoadedModel:
-    """A detector that is ready to predict, with a count of its users; its maker is the first.
+    """Holds a detector that is ready to predict, and counts its users; its maker is the first.
 
     Attributes:
         version: the model version that its predictions name.
@@ -96,7 +96,7 @@ class LoadedModel:
 
 
 class ModelCache:
-    """Loaded models by project. Each runs in a thread of its own; a lock shares the device.
+    """Holds loaded models by project. Each has a thread of its own; a lock shares the device.
 
     Args:
         settings: device, weights, strategy.
@@ -119,7 +119,7 @@ class ModelCache:
 
     @property
     def device(self) -> torch.device:
-        """The device that the settings name.
+        """Finds the device that the settings name.
 
         Raises:
             DeviceError: the device cannot be used.
@@ -272,7 +272,7 @@ class ModelCache:
         return None
 
     def _is_broken(self, project_id: int, version: str) -> bool:
-        """Whether a version could not be loaded within the last `_RETRY` seconds."""
+        """Tells whether a load of a version failed within the last `_RETRY` seconds."""
         since = self._broken.get((project_id, version))
         return since is not None and time.monotonic() < since + _RETRY
 
@@ -337,7 +337,7 @@ class ModelCache:
 
 
 def _is_scarce(device: torch.device) -> bool:
-    """Whether memory is scarce even after unused memory has been returned."""
+    """Tells whether memory is scarce even after unused memory has been returned."""
     if _memory_left(device) >= MIN_FREE_MEMORY:
         return False
     gc.collect()

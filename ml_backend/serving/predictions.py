@@ -1,4 +1,4 @@
-"""Predictions for tasks: images are fetched and decoded in parallel while the model runs."""
+"""Predicts for tasks: fetches and decodes images in parallel while the model runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ml_backend.store.tables import Project
 _log = logging.getLogger(__name__)
 
 WINDOW = 12
-"""Images of one request in work at a time, so that a long one does not hold up a short one."""
+"""Images of one request in work at a time, so that a large request does not delay a small one."""
 POOL = 48
 
 TaskPrediction = dict[str, Any]
@@ -37,7 +37,7 @@ TaskPrediction = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Predicted:
-    """The answer to a request for predictions.
+    """Holds the answer to a request for predictions.
 
     Attributes:
         results: for each task, in order, a prediction as Label Studio takes it; None for a task
@@ -53,7 +53,7 @@ class Predicted:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What was found for a task: the regions that are shown, and the candidates of each image."""
+    """Holds the regions that are shown for a task, and the candidates of each of its images."""
 
     regions: list[dict[str, Any]]
     images: list[Detections]
@@ -117,7 +117,7 @@ class Serving:
                     exhausted = True
                     break
                 job = self._pool.submit(self._one, model, images, config, tasks[index])
-                # It may go on beyond the deadline.
+                # The work on a task may outlast the deadline, and needs the model until its end.
                 model.acquire()
                 job.add_done_callback(lambda _: model.release())
                 running[job] = index
@@ -141,7 +141,7 @@ class Serving:
         config: LabelConfig,
         task: dict[str, Any],
     ) -> _Found | None:
-        """What one task shows; None where an image of it cannot be had (it is logged why)."""
+        """Predicts one task; logs the cause and returns None where it has no prediction."""
         regions: list[dict[str, Any]] = []
         images_of_task: list[Detections] = []
         number = task.get("id")
@@ -155,18 +155,18 @@ class Serving:
                 _log.warning("task %s gets no prediction: %s", number, with_remedy(error))
                 return None
             except Exception:
-                # As below: a fault that one image brings to light is not the others' fault.
+                # As below: an unexpected error with one image must not fail the other tasks.
                 IMAGE_FAILURES.labels("unexpected").inc()
                 _log.exception("task %s gets no prediction: its image could not be read", number)
                 return None
             try:
                 asked = model.predictor.submit(image)
                 width, height = image.size
-                # It may be large, and others wait before it.
+                # The decoded image may be large, and other images may wait before it.
                 del image
                 candidates = asked.result()
             except Exception:
-                # Whatever one image does to the model, the others are answered.
+                # An error of the model with one image must not fail the other tasks.
                 IMAGE_FAILURES.labels("model").inc()
                 _log.exception("task %s gets no prediction: the model failed on it", number)
                 return None
@@ -182,7 +182,7 @@ class Serving:
         found: Sequence[_Found | None],
         results: list[TaskPrediction | None],
     ) -> None:
-        """Fills in the results; a task of several images counts by the one that teaches most."""
+        """Fills in the results; a task of several images gets the lowest of their scores."""
         images = [(i, image) for i, f in enumerate(found) if f is not None for image in f.images]
         numbers = [tasks[i].get("id") for i, _ in images]
         scores = model.strategy.score(numbers, [image for _, image in images])
@@ -206,7 +206,7 @@ def _regions(
     width: int,
     height: int,
 ) -> list[dict[str, Any]]:
-    """The boxes that are shown, each drawn by the first control that has its label."""
+    """Writes the boxes that are shown, each by the first control that has its label."""
     names = _names(model, config)
     learned = np.array([model.thresholds.get(label, np.inf) for label in model.labels])
     by_label = np.full(len(model.labels), np.inf)
@@ -216,7 +216,7 @@ def _regions(
         if control is None or not np.isfinite(learned[index]):
             continue
         drawn_by[index] = control
-        # What the label config says wins over what was learned.
+        # A threshold of the label config replaces the learned one.
         own = control.score_threshold
         by_label[index] = learned[index] if own is None else own
     kept = shown(candidates, by_label[candidates.labels])
@@ -231,7 +231,7 @@ def _regions(
 
 
 def _names(model: LoadedModel, config: LabelConfig) -> list[str | None]:
-    """The project's label for each of the model's labels; None where the project has none."""
+    """Maps each of the model's labels to the project's; None where the project has none."""
     if not model.generic:
         known = set(config.labels)
         return [label if label in known else None for label in model.labels]

@@ -38,7 +38,7 @@ class StalePredictions:
         self._report = report
 
     def run(self, job: Job) -> Done:
-        """Does a claimed job; done again, it goes on where it was left.
+        """Does a claimed job; a job that is tried again goes on where it stopped.
 
         Annotations that began with a prediction that is removed stay as they are.
 
@@ -88,7 +88,7 @@ class StalePredictions:
 
 
 def older_versions(session: Session, project_id: int, live: str) -> list[str]:
-    """Lists the names under which this backend has predicted for a project, the live one apart."""
+    """Lists the versions, other than the live one, with which this backend has predicted."""
     names = [
         PRETRAINED,
         *session.scalars(
@@ -111,7 +111,7 @@ def older_versions(session: Session, project_id: int, live: str) -> list[str]:
 
 
 def _delete(client: LabelStudioClient, number: int) -> int:
-    """Deletes a prediction; answers how many that were."""
+    """Deletes a prediction; returns 1, or 0 where it was gone already."""
     try:
         client.delete_prediction(number)
     except NotFound:

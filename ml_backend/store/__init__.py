@@ -1,1 +1,1 @@
-"""What is remembered: tables in a database, model versions in folders or a bucket."""
+"""Stores tables in a database, and model versions in folders or a bucket."""

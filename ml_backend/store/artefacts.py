@@ -78,7 +78,7 @@ class ArtefactStore:
         return target
 
     def _commit(self, project_key: str, version: str, building: Path) -> None:
-        """Makes a version visible whose files lie in a temporary folder."""
+        """Makes visible the version whose files lie in a temporary folder."""
         move_into_place(building, self.folder(project_key, version))
 
     def check(self, project_key: str, version: str) -> None:
@@ -114,7 +114,7 @@ class ArtefactStore:
             shutil.rmtree(doomed)
 
     def sweep(self) -> None:
-        """Deletes what killed processes left half written. Call it only while no training runs."""
+        """Deletes unfinished folders of killed processes. Call it only while no training runs."""
         for pattern in ("*/.building-*", "*/.removing-*"):
             for leftover in self._root.glob(pattern):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -141,7 +141,7 @@ class ArtefactStore:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a version lies in a folder; the rename makes a folder visible only when complete."""
+    """Tells whether a folder holds a version: the rename makes only complete folders visible."""
     return (folder / "card.json").is_file()
 
 

@@ -41,8 +41,8 @@ from ml_backend.store.artefacts import (
 _log = logging.getLogger(__name__)
 
 ABANDONED_AFTER = 24 * 3600.0
-"""Seconds after which an upload or download without an end is taken for one of a killed process.
-Other hosts may be at work, and no lock spans hosts."""
+"""Seconds after which an unfinished upload or download counts as one of a killed process. No lock
+spans hosts, so only time tells it from the work of another host."""
 _SETTING = "ML_BACKEND_ARTEFACTS_URL"
 _MANIFEST = "manifest.json"
 _TO_REMOVE = ".to-remove-"
@@ -50,7 +50,7 @@ _TO_REMOVE = ".to-remove-"
 
 @dataclass(frozen=True, slots=True)
 class _Scheme:
-    """What fsspec needs for one kind of bucket.
+    """Describes how fsspec opens one kind of bucket.
 
     Attributes:
         package: the library that implements the kind.
@@ -183,7 +183,7 @@ class BucketArtefactStore(ArtefactStore):
             note.unlink(missing_ok=True)
 
     def sweep(self) -> None:
-        """Deletes what killed processes left, and from the cache what other hosts have pruned.
+        """Deletes unfinished files of killed processes, and cached versions that others pruned.
 
         Half uploads and downloads are deleted only once they are a day old: other hosts may be at
         work. Logs a warning where the bucket cannot be reached: cached versions serve without it.
@@ -322,7 +322,7 @@ class BucketArtefactStore(ArtefactStore):
                         files.rm_file(path)
 
     def _drop_pruned(self, project_key: str) -> None:
-        """Deletes from the cache what is no longer in the bucket.
+        """Deletes the cached versions that are no longer in the bucket.
 
         A project without any version in the bucket keeps its cache, which may be the last copy.
         """

@@ -1,4 +1,4 @@
-"""The database: SQLite in a file by default, PostgreSQL by URL; brought to the schema at start."""
+"""Opens the database (SQLite in a file, or PostgreSQL by URL) and migrates its schema at start."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _alembic = Lock()
 _LOG_PAGES = 16_384
 """Pages of SQLite's log, of 4 KiB, after which a commit writes them into the file itself."""
 _WAIT = 10.0
-"""Seconds that a write waits for others before it fails: threads that wait answer nobody."""
+"""Seconds that a write waits for others before it fails: a thread that waits serves no request."""
 QUEUE_SCHEMA = "dbos"
 """PostgreSQL's schema of the tables of the queue's engine."""
 _COPIES = 3
@@ -65,12 +65,12 @@ class Database:
 
     @property
     def is_sqlite(self) -> bool:
-        """Whether it is a SQLite file."""
+        """Tells whether the database is a SQLite file."""
         return self.engine.dialect.name == "sqlite"
 
     @contextmanager
     def session(self) -> Iterator[Session]:
-        """One transaction: committed at the end, rolled back on an exception.
+        """Opens a transaction: committed at the end, rolled back on an exception.
 
         Raises:
             OperationalError: it cannot begin; nothing was written.
@@ -80,7 +80,7 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
-        """One transaction that only reads, and so waits for no writer."""
+        """Opens a transaction that only reads, and so waits for no writer."""
         with self._readings.begin() as session:
             yield session
 
@@ -95,7 +95,7 @@ class Database:
             return connection.execute(statement).rowcount
 
     def insert(self, table: type[Base]) -> Any:
-        """An `INSERT` that knows `ON CONFLICT`, in this database's dialect.
+        """Makes an `INSERT` that knows `ON CONFLICT`, in this database's dialect.
 
         Rows are given when it is executed: as its values, they would be compiled anew each time,
         a hundred of them for a third of a second under load, while others wait to write.
@@ -160,7 +160,7 @@ class Database:
                 connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)")
 
     def close(self) -> None:
-        """Gives the connections back."""
+        """Closes the connections."""
         self.engine.dispose()
 
     @contextmanager
@@ -198,7 +198,7 @@ class Database:
         return status.st_dev, status.st_ino
 
     def _schema(self, known: list[str]) -> str | None:
-        """The number of its schema, one of those that are known; None where it is empty."""
+        """Reads the revision of the schema, one of those known; None for an empty database."""
         from alembic.migration import MigrationContext
 
         with self.engine.execution_options(reading=True).connect() as connection:
@@ -212,8 +212,8 @@ class Database:
 
 
 def is_outside(error: BaseException | None) -> bool:
-    """Whether an error tells of what is around a database (away, locked, full, damaged), and of no
-    fault of this program."""
+    """Tells whether an error comes from the state of the database (away, locked, full, damaged) and
+    not from a fault of this program."""
     return isinstance(error, OperationalError | sqlite3.OperationalError) or type(error) in (
         # What SQLite raises of a damaged file.
         DatabaseError,
@@ -226,7 +226,7 @@ def _refused(why: str) -> OperationalError:
 
 
 def in_chunks(rows: Iterable[_Row], size: int = 500) -> Iterator[list[_Row]]:
-    """The rows in lists of at most `size`: databases bound the parameters of a statement."""
+    """Splits rows into lists of at most `size`: databases limit the parameters of a statement."""
     chunk: list[_Row] = []
     for row in rows:
         chunk.append(row)
@@ -238,7 +238,7 @@ def in_chunks(rows: Iterable[_Row], size: int = 500) -> Iterator[list[_Row]]:
 
 
 def _copy(file: Path, schema: str) -> None:
-    """Copies a SQLite file, whole or not at all; the oldest copies go."""
+    """Copies a SQLite file, whole or not at all, and deletes the oldest copies."""
     try:
         # Only its owner may read a temporary file, and a copy must not be seen half written.
         descriptor, name = tempfile.mkstemp(prefix=f"{file.name}.copying-", dir=file.parent)
@@ -308,7 +308,8 @@ def _engine(url: str, opened: Callable[[], None], read_only: bool) -> Engine:
 
 
 def _json(value: Any) -> str:
-    """JSON that every database takes: PostgreSQL knows no NaN and no infinity, they become null."""
+    """Writes JSON that every database takes: NaN and infinity, which PostgreSQL refuses, become
+    null."""
     try:
         return json.dumps(value, allow_nan=False)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Kinds and states that the tables hold; each member is the text that is stored and answered."""
+"""Names the kinds and states that the tables hold; each member equals its stored text."""
 
 from __future__ import annotations
 

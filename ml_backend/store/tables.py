@@ -1,4 +1,4 @@
-"""The tables. One row is one thing that Label Studio, or the loop, has a name for."""
+"""Defines the tables of projects, tasks, annotations, jobs, versions and audits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ml_backend.store.states import JobKind, JobState, Trigger, VersionState
 
 
 def now() -> datetime:
-    """The present moment, in UTC."""
+    """Returns the present moment, in UTC."""
     return datetime.now(UTC)
 
 
@@ -130,7 +130,7 @@ class Project(Base):
     """Where its Label Studio said it is (`/setup`), and the token that came with it."""
     token: Mapped[str | None] = mapped_column(PlainText)
     is_default: Mapped[bool | None]
-    """Whether it lives in the Label Studio of the settings; unknown until that was asked."""
+    """Whether the Label Studio of the settings holds the project; None until it was asked."""
     connection_url: Mapped[str | None] = mapped_column(PlainText)
     """Our address, as `connect` told it to Label Studio."""
     live_version: Mapped[str | None] = mapped_column(String(128))
@@ -145,15 +145,15 @@ class Project(Base):
     reconciled_at: Mapped[datetime | None]
     """Label Studio's time up to which changes were read back over the API."""
     unread_since: Mapped[datetime | None]
-    """Since when Label Studio is known to hold annotations that are not stored here: it reported
-    another number of them. None once all was read back."""
+    """Since when Label Studio is known to hold annotations that are not stored here, because it
+    reported another number of them. None once all were read back."""
     audit_basis: Mapped[str | None] = mapped_column(String(200))
     """The costs, and the time of the first version, by which its `AuditTotal`s were summed."""
     created_at: Mapped[datetime] = mapped_column(default=now)
 
     @property
     def version(self) -> str:
-        """The version that its predictions carry, by what the database says."""
+        """Names the version that the project's predictions carry, by the database."""
         return self.live_version or UNTRAINED
 
 

@@ -269,8 +269,8 @@ def _all_done(seen: Backend, kind: JobKind) -> bool:
 
 def _table(rows: list[Row]) -> Table:
     table = Table(
-        *("workers", "trainings an hour", "of one worker", "busy cores"),
-        *("tasks an hour", "of one worker", "busy cores"),
+        *("workers", "trainings/h", "to the first", "busy cores"),
+        *("tasks/h", "to the first", "busy cores"),
         title=f"{usable_cores()} cores, one thread a process",
     )
     first = rows[0]
