@@ -202,7 +202,7 @@ def test_train_module_without_transform_trains_and_predicts(tmp_path: Path) -> N
 
 
 def test_readme_example_of_a_preset_is_loaded_trained_and_saved(tmp_path: Path) -> None:
-    section = (ROOT / "README.md").read_text().split("## Another detector")[1].split("\n## ")[0]
+    section = (ROOT / "README.md").read_text().split("## Extend it")[1].split("\n## ")[0]
     (example,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     (tmp_path / "my_module.py").write_text(example)
     script = """
