@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import psutil
 import pytest
 import requests
 import torch
-from sqlalchemy import select, update
+from sqlalchemy import select
 
 from ml_backend.backend import Backend
 from ml_backend.demo.label_studio_server import LabelStudioServer
@@ -23,10 +25,13 @@ from ml_backend.demo.project import LABEL_CONFIG, annotate, create_project, uplo
 from ml_backend.demo.shapes import SHAPES, ShapeImage, generate
 from ml_backend.detection.detector import Detector
 from ml_backend.detection.presets import preset_named
-from ml_backend.jobs.jobs import STALE_AFTER
+from ml_backend.jobs.reports import End, Reporter
 from ml_backend.label_studio.client import LabelStudioClient
+from ml_backend.programs.job import run
 from ml_backend.settings import load_settings
-from ml_backend.store.tables import Job, now
+from ml_backend.store.states import Trigger
+from ml_backend.store.tables import Job
+from ml_backend.wording import words
 from tests.conftest import (
     RunBackend,
     RunningBackend,
@@ -35,6 +40,7 @@ from tests.conftest import (
     predictions_by_task,
     wait_for,
 )
+from tests.job_process import claim
 
 
 def _images(count: int, seed: int) -> list[ShapeImage]:
@@ -56,7 +62,7 @@ class Site:
         self.tasks = list(self.images)
         self.client = LabelStudioClient(server.url, server.login.token)
         self.key = self.client.project(self.project).key
-        # Opens the running backend's database and registry in this process.
+        # Uses the running backend's database and artefacts in this process.
         self.backend = Backend(load_settings(running.settings))
 
     def call(self, method: str, path: str, body: object = None) -> Any:
@@ -101,7 +107,7 @@ class Site:
         try:
             job = wait_for(ended, within=within, what=f"{kind} of {version} ends")
         except AssertionError:
-            said = [(j.kind, j.state, j.reason) for j in self.jobs(kind)]
+            said = [(j.kind, j.state, words(j.reason)) for j in self.jobs(kind)]
             raise AssertionError(f"{said}\n{self.running.tail()}") from None
         assert isinstance(job, Job)
         return job
@@ -113,7 +119,7 @@ class Site:
             jobs = self.jobs()
             if not jobs:
                 return None
-            assert jobs[0].state in ("queued", "running"), jobs[0].reason
+            assert jobs[0].state in ("queued", "running"), words(jobs[0].reason)
             under_way = jobs[0].state == "running" and 0 < jobs[0].progress < 1
             return jobs[0] if under_way else None
 
@@ -121,10 +127,12 @@ class Site:
         assert isinstance(job, Job)
         return job
 
-    def change(self, job: Job, **values: Any) -> None:
-        """Change a job's row."""
+    def start_now(self, job: Job) -> None:
+        """Put a job that waits for its time into the queue, to start at once."""
         with self.backend.database.session() as session:
-            session.execute(update(Job).where(Job.id == job.id).values(**values))
+            row = session.get_one(Job, job.id, with_for_update=True)
+            row.not_before = None
+            self.backend.queue.put(session, row)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +164,7 @@ def _processes(backend: RunningBackend) -> list[psutil.Process]:
     return [
         child
         for child in psutil.Process(backend.pid).children(recursive=True)
-        if "ml_backend.programs.predict" in child.cmdline()
+        if {"ml_backend.programs.job", "autolabel"} <= set(child.cmdline())
     ]
 
 
@@ -177,7 +185,7 @@ def test_autolabel_killed_half_way_goes_on_and_doubles_nothing(
         assert process.nice() == 19
         process.kill()
         wait_for(lambda: site.jobs()[0].state == "queued", within=20, what="it is put back")
-        site.change(first, not_before=now(), heartbeat_at=now() - 2 * STALE_AFTER)
+        site.start_now(first)
         wait_for(lambda: _processes(backend), within=180, what="it goes on", every=0.02)
         # Kill the whole backend with all of its processes.
         family = psutil.Process(backend.pid).children(recursive=True)
@@ -188,15 +196,50 @@ def test_autolabel_killed_half_way_goes_on_and_doubles_nothing(
         assert site.jobs()[0].state == "running"
         partly = site.predictions()
         assert 0 < len(partly) < len(rest)
-        site.change(first, heartbeat_at=now() - 2 * STALE_AFTER)
         backend.start()
         job = site.wait_until_done("v1")
         assert job.id == first.id
-        assert "tasks predicted by v1" in job.reason
+        assert "tasks predicted by v1" in words(job.reason)
         assert site.predictions() == {task: Counter(v1=1) for task in rest}
         assert len(site.jobs()) == 1
     finally:
         backend.stop()
+
+
+def test_autolabel_shards_failed_before_a_checkpoint_fails_with_their_reason(
+    label_studio: LabelStudioServer, tmp_path: Path
+) -> None:
+    settings = {**_settings(label_studio), "ML_BACKEND_AUTO_LABEL_SHARD": "1"}
+    site = Site(label_studio, RunningBackend(tmp_path, **settings), _images(3, seed=27))
+    site.promote("v1")
+    site.promote("v2")
+    # The version before serves in its place, and its predictions are no substitute.
+    artefact = site.backend.artefacts.existing(site.key, "v2")
+    (artefact / "model.safetensors").write_text("damaged")
+    project = site.backend.ingest.introduce(site.key, site.project, label_config=LABEL_CONFIG).id
+    asked = site.backend.requests.autolabel(project, trigger=Trigger.COMMAND, forced=True)
+    assert asked is not None
+    _run_here(site.backend, asked.job)
+    shards = site.jobs("autolabel_shard")
+    assert len(shards) == 3
+    for shard in shards:
+        _run_here(site.backend, shard.id)
+    _run_here(site.backend, asked.job)
+    jobs = [*site.jobs(), *site.jobs("autolabel_shard")]
+    assert [job.state for job in jobs] == ["failed"] * 4
+    assert {words(job.reason) for job in jobs} == {
+        "v2 cannot be loaded (v1 predicts in its place): the log says why"
+    }
+    assert site.predictions() == {}
+
+
+def _run_here(backend: Backend, number: int) -> None:
+    """Do one run of a job in this process; its reports on the way are dropped."""
+    job = claim(backend, number)
+    with Path(os.devnull).open("wb") as dropped:
+        report = Reporter(dropped.fileno(), lambda: True)
+        outcome = run(backend, job, report, {})
+    backend.job_run(job, threading.Event()).apply(End.of(outcome))
 
 
 def test_stale_predictions_new_version_are_removed_and_nothing_else(
@@ -227,17 +270,19 @@ def test_stale_predictions_new_version_are_removed_and_nothing_else(
     assert held[site.tasks[0]] == Counter(v1=1, v2=1, theirs=1)
     assert held[site.tasks[1]] == Counter(v1=1)
     # They are not removed at once: a task that is open may have begun with one of them.
-    cleanup = wait_for(lambda: site.jobs("tidy"), within=5, what="a job that removes")[0]
+    cleanup = wait_for(lambda: site.jobs("remove_stale"), within=5, what="a job that removes")[0]
     assert cleanup.state == "queued"
-    assert "predictions of older versions are removed at" in cleanup.reason
-    site.change(cleanup, not_before=now(), heartbeat_at=now() - 2 * STALE_AFTER)
+    assert "predictions of older versions are removed at" in words(cleanup.reason)
+    site.start_now(cleanup)
     # The audits of these predictions are counted first.
     removed = wait_for(
-        lambda: site.jobs("tidy")[0].state == "done" and site.jobs("tidy")[0],
+        lambda: site.jobs("remove_stale")[0].state == "done" and site.jobs("remove_stale")[0],
         within=180,
         what="older predictions are removed",
     )
-    assert removed.reason == ("24 predictions of older versions removed (v1), and 1 doubled ones")
+    assert words(removed.reason) == (
+        "24 predictions of older versions removed (v1), and 1 doubled ones"
+    )
     expected = {task: Counter(v2=1) for task in site.tasks if task != site.tasks[1]}
     expected[site.tasks[0]]["theirs"] += 1
     assert site.predictions() == expected
@@ -267,9 +312,9 @@ def test_stale_predictions_new_version_are_removed_and_nothing_else(
         within=20,
         what="a job for the new tasks",
     )
-    assert arrived.reason == "new tasks have arrived"
+    assert words(arrived.reason) == "new tasks have arrived"
     site.wait_until_done("v2")
-    assert site.jobs()[0].reason == "3 of 3 tasks predicted by v2"
+    assert words(site.jobs()[0].reason) == "3 of 3 tasks predicted by v2"
     held = site.predictions()
     assert [held[task] for task in fresh.values()] == [Counter(v2=1)] * 3
 
@@ -286,7 +331,7 @@ def test_autolabel_promotion_meanwhile_ends_and_the_next_version_begins(
     superseded = site.jobs()[-1]
     assert superseded.id == first.id
     assert superseded.state == "done"
-    assert superseded.reason.startswith("superseded by v2 at ")
+    assert words(superseded.reason).startswith("superseded by v2 at ")
     held = site.predictions()
     assert {task: found["v2"] for task, found in held.items()} == dict.fromkeys(site.tasks, 1)
     assert 0 < sum(found["v1"] for found in held.values()) < len(site.tasks)

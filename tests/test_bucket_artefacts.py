@@ -16,7 +16,7 @@ from PIL import Image
 
 from ml_backend.backend import Backend
 from ml_backend.detection.detector import Detector
-from ml_backend.detection.presets import PRESETS
+from ml_backend.detection.presets.tiny import PRESET as TINY
 from ml_backend.serving.model_cache import ModelCache
 from ml_backend.settings import SettingsError, load_settings
 from ml_backend.store.artefacts import ArtefactStore, StoreUnavailable, VersionMissing
@@ -382,7 +382,7 @@ def test_serving_bucket_unreachable_goes_on_with_cached_versions(
         _host(tmp_path / name, url, tmp_path / "shared.db")
         for name in ("trainer", "server", "server", "new")
     )
-    detector = Detector.pretrained(PRESETS["tiny"], ("car",), "none", torch.device("cpu"))
+    detector = Detector.pretrained(TINY, ("car",), "none", torch.device("cpu"))
     detector.thresholds = {"car": 0.0}
     make_live(trainer, detector, "v1", key=KEY, label_config=CONFIG)
     project = trainer.ingest.introduce(KEY, 1, label_config=CONFIG)

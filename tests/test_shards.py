@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from ml_backend.http.app import create_app
 from ml_backend.jobs.jobs import ATTEMPTS
+from ml_backend.jobs.payloads import AutolabelCheckpoint
 from ml_backend.reasons import Code, reason
 from ml_backend.store.states import JobState
+from ml_backend.training.promotion import Verdict
+from tests.conftest import record_version
 from tests.job_loop import CRASHED, Loop, state_of
 
+PREDICTIONS = re.compile(
+    r'ml_backend_job_(\w+)_total\{kind="(\w+)",project="7\.1795463889"\} (\S+)'
+)
+"""A counter of `/metrics`: its name, the kind of the jobs, and the number."""
 ENDS = [JobState.DONE, JobState.REFUSED, JobState.FAILED]
 ENDED = reason(Code.PLAIN, text="so it ended")
 
@@ -97,3 +106,44 @@ def test_finish_of_shards_at_once_queues_their_parent_exactly_once(loop: Loop) -
     found = loop.job(parent.id)
     assert (found.state, found.run) == (JobState.QUEUED, parent.run + 1)
     assert found.reason == reason(Code.SHARDS_RUN, done=8, total=8)
+
+
+def test_metrics_auto_labelling_in_shards_counts_each_prediction_once(loop: Loop) -> None:
+    card = {"metrics": {"map50": 0.5}}
+    live = Verdict(True, reason(Code.FIRST_VERSION, ap50=0.5))
+    record_version(
+        loop.backend.versions, loop.database, loop.project_id, "v1", card, live, parent=None
+    )
+    parent, shards = loop.sharded((0, 50), (50, 90), (90, 120))
+    work = [(50, 50, 0), (40, 38, 2), (20, 20, 0)]
+    for shard, (done, imported, left_out) in zip(shards, work, strict=True):
+        claimed = loop.claim(shard.id)
+        reached = AutolabelCheckpoint(version="v1", done=done, imported=imported, left_out=left_out)
+        loop.jobs.advance(claimed, 1.0, ENDED, reached.stored(), "v1")
+        if shard is not shards[-1]:
+            loop.jobs.finish(claimed, JobState.DONE, ENDED)
+    # The last shard still runs.
+    assert _counted(loop) == {
+        ("predictions", "autolabel"): 0,
+        ("predictions", "autolabel_shard"): 108,
+        ("image_failures", "autolabel"): 0,
+        ("image_failures", "autolabel_shard"): 2,
+    }
+    loop.jobs.finish(claimed, JobState.DONE, ENDED)
+    # The parent predicts the tasks that have arrived meanwhile, and counts only these.
+    again = loop.claim(parent.id)
+    reached = AutolabelCheckpoint.model_validate(again.checkpoint)
+    reached.done, reached.imported = 5, 4
+    loop.jobs.advance(again, 1.0, ENDED, reached.stored(), "v1")
+    loop.jobs.finish(again, JobState.DONE, ENDED)
+    assert _counted(loop) == {
+        ("predictions", "autolabel"): 4,
+        ("predictions", "autolabel_shard"): 108,
+        ("image_failures", "autolabel"): 0,
+        ("image_failures", "autolabel_shard"): 2,
+    }
+
+
+def _counted(loop: Loop) -> dict[tuple[str, str], float]:
+    text = create_app(loop.backend).test_client().get("/metrics").text
+    return {(name, kind): float(count) for name, kind, count in PREDICTIONS.findall(text)}

@@ -308,9 +308,11 @@ class _Run:
         with self._parts.database.reading() as session:
             shards = session.scalars(select(Job).where(Job.parent_id == self._job.id)).all()
         for shard in shards:
-            part = AutolabelCheckpoint.model_validate(shard.checkpoint)
-            if part.version != self._version:
+            # Shards of a version that was live when the job began are no part of this one's work. A
+            # shard that failed before its first checkpoint names the version in its row only.
+            if shard.version != self._version:
                 continue
+            part = AutolabelCheckpoint.model_validate(shard.checkpoint)
             if shard.state != JobState.DONE and shard.reason.code != Code.NO_TASK_PREDICTED:
                 raise Failed(shard.reason)
             whole.done += part.done

@@ -1,4 +1,4 @@
-"""Tasks that a request for predictions left over are predicted once, beside the server."""
+"""Tasks that a request for predictions did not finish are predicted once, by a job."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from ml_backend.demo.shapes import SHAPES, generate
 from ml_backend.detection.detector import Detector
 from ml_backend.detection.presets import preset_named
 from ml_backend.detection.presets.small import PRESET as SMALL
-from ml_backend.jobs.jobs import STALE_AFTER
 from ml_backend.label_studio.client import LabelStudioClient
 from ml_backend.settings import load_settings
-from ml_backend.store.tables import Job, now
+from ml_backend.store.states import JobState
+from ml_backend.store.tables import Job
+from ml_backend.wording import words
 from tests.conftest import RunningBackend, make_live, predictions_by_task, wait_for
 
 TRUCKS = LABEL_CONFIG.replace('<Label value="Circle"/>', '<Label value="truck"/>')
@@ -41,7 +42,7 @@ class Site:
         self.server = server
         self.running = running
         images = {i.name: i.encoded() for i in generate(count, seed=41, width=128, height=96)}
-        self.project, tasks = create_project(server, "Left over", label_config, images)
+        self.project, tasks = create_project(server, "Deferred", label_config, images)
         self.tasks = sorted(tasks.values())
         client = LabelStudioClient(server.url, server.login.token)
         self.key = client.project(self.project).key
@@ -51,17 +52,15 @@ class Site:
             for start in range(0, count, 100)
             for task in client.tasks(self.project, self.tasks[start : start + 100])
         ]
-        # Opens the running backend's database and registry in this process.
+        # Uses the running backend's database and artefacts in this process.
         self.backend = Backend(load_settings(running.settings))
 
-    def hand_over(self) -> int:
-        """Hand all tasks over to a job, as a request does; return its number."""
+    def defer(self) -> int:
+        """Ask for a job that predicts all tasks, as a request does; return its id."""
         row = self.backend.ingest.introduce(
             self.key, self.project, label_config=self.label_config
         ).id
-        number = self.backend.jobs.hand_over_predictions(row, self.shown)
-        self.backend.tasks.put("predict", number)
-        return number
+        return self.backend.requests.deferred_predictions(row, self.shown)
 
     def job(self, number: int) -> Job:
         """Return a job, which must exist."""
@@ -72,7 +71,7 @@ class Site:
     def wait_until_ended(self, number: int) -> Job:
         """Wait for a job's end; return the job."""
         wait_for(
-            lambda: self.job(number).state not in {"queued", "running"},
+            lambda: self.job(number).state not in {JobState.QUEUED, JobState.RUNNING},
             within=120,
             what=f"the job ends: {self.running.tail()}",
         )
@@ -99,12 +98,12 @@ def running(label_studio: LabelStudioServer, tmp_path: Path) -> Iterator[Running
 def _process(backend: RunningBackend) -> psutil.Process | None:
     """Return the process that predicts for a backend, if there is one."""
     for child in psutil.Process(backend.pid).children(recursive=True):
-        if "ml_backend.programs.predict" in child.cmdline():
+        if {"ml_backend.programs.job", "predict"} <= set(child.cmdline()):
             return child
     return None
 
 
-def test_left_over_tasks_process_killed_goes_on_where_it_was(
+def test_deferred_predictions_process_killed_goes_on_after_its_checkpoint(
     label_studio: LabelStudioServer, running: RunningBackend
 ) -> None:
     site = Site(label_studio, running, 220)
@@ -112,7 +111,7 @@ def test_left_over_tasks_process_killed_goes_on_where_it_was(
     detector = Detector.pretrained(preset_named("tiny", cpu), SHAPES[:3], "none", cpu)
     detector.thresholds = dict.fromkeys(SHAPES[:3], 0.5)
     make_live(site.backend, detector, "v1", key=site.key, label_config=LABEL_CONFIG)
-    number = site.hand_over()
+    number = site.defer()
     running.start()
     wait_for(lambda: site.job(number).progress, within=120, what="some are done", every=0.02)
     process = _process(running)
@@ -126,30 +125,28 @@ def test_left_over_tasks_process_killed_goes_on_where_it_was(
         within=20,
         what="its heartbeat",
     )
-    assert (silent.payload["done"], len(silent.payload["tasks"])) == (100, 120)
+    assert silent.checkpoint["done"] == 100
     process.kill()
-    wait_for(lambda: site.job(number).state == "queued", within=20, what="it is put back")
-    with site.backend.database.session() as session:
-        session.get_one(Job, number).not_before = now()
-        session.get_one(Job, number).heartbeat_at = now() - 2 * STALE_AFTER
+    wait_for(lambda: site.job(number).state == JobState.QUEUED, within=20, what="it is put back")
+    assert site.job(number).checkpoint["done"] == 100
     job = site.wait_until_ended(number)
-    assert (job.state, job.version, job.payload["done"]) == ("done", "v1", 220)
-    assert job.reason == "220 predictions imported for 220 left-over tasks"
+    assert (job.state, job.version, job.checkpoint["done"]) == ("done", "v1", 220)
+    assert words(job.reason) == "220 predictions imported for 220 left-over tasks"
     assert site.predictions() == {task: Counter(v1=1) for task in site.tasks}
 
 
-def test_left_over_tasks_without_a_token_are_refused_with_a_reason(
+def test_deferred_predictions_no_token_are_refused_with_the_remedy(
     label_studio: LabelStudioServer, running: RunningBackend
 ) -> None:
     site = Site(label_studio, running, 2)
     del running.settings["LABEL_STUDIO_API_KEY"]
     running.start()
-    job = site.wait_until_ended(site.hand_over())
+    job = site.wait_until_ended(site.defer())
     assert job.state == "refused"
-    assert "without a token: set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY" in job.reason
+    assert "without a token: set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY" in words(job.reason)
 
 
-def test_left_over_tasks_untrained_project_are_predicted_with_coco_weights(
+def test_deferred_predictions_untrained_project_come_from_coco_weights(
     label_studio: LabelStudioServer, running: RunningBackend, tmp_path: Path
 ) -> None:
     known = SMALL.architecture.published_labels or ()
@@ -168,7 +165,7 @@ def test_left_over_tasks_untrained_project_are_predicted_with_coco_weights(
     }
     site = Site(label_studio, running, 3, TRUCKS)
     running.start()
-    job = site.wait_until_ended(site.hand_over())
-    assert (job.state, job.version) == ("done", "untrained-coco"), job.reason
-    assert job.reason == "3 predictions imported for 3 left-over tasks"
+    job = site.wait_until_ended(site.defer())
+    assert (job.state, job.version) == ("done", "untrained-coco"), words(job.reason)
+    assert words(job.reason) == "3 predictions imported for 3 left-over tasks"
     assert site.predictions() == {task: Counter({"untrained-coco": 1}) for task in site.tasks}
