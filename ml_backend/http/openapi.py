@@ -21,6 +21,8 @@ from ml_backend.http.setup import Setup
 from ml_backend.http.train import Train
 from ml_backend.http.validate import Validate
 from ml_backend.projects.connect import SECRET_HEADER
+from ml_backend.reasons import Code
+from ml_backend.store.states import JobKind, JobState
 
 blueprint = Blueprint("openapi", __name__)
 
@@ -57,7 +59,20 @@ _ID = {"type": "integer", "minimum": 0, "maximum": 2**63 - 1}
 _MOMENT = {"type": "string", "format": "date-time"}
 _UP = _object(status={"const": "UP"}, model_class=_TEXT)
 _DONE = _object(status={"const": "ok"}, detail=_TEXT)
-_ASKED = _object(job=_COUNT, status=_TEXT, reason=_TEXT)
+_REASON: dict[str, Schema] = {
+    "reason": {**_TEXT, "description": "The reason in words, for people."},
+    "reason_code": {
+        **_TEXT,
+        "description": "The same reason for programs: the code does not change with the words.",
+        "examples": [str(Code.ASKED_FOR), str(Code.QUIET_TIME)],
+    },
+    "reason_values": {
+        "type": "object",
+        "description": "The values that the words mention; a value may be a reason itself, with "
+        "`code` and `values`.",
+    },
+}
+_ASKED = _object(job=_COUNT, status={"enum": list(map(str, JobState))}, **_REASON)
 _SCHEMAS: dict[str, Schema] = {
     "Error": _object(error=_TEXT),
     "Prediction": _object(
@@ -67,9 +82,9 @@ _SCHEMAS: dict[str, Schema] = {
     ),
     "Job": _object(
         job=_COUNT,
-        kind=_TEXT,
-        job_status=_TEXT,
-        reason=_TEXT,
+        kind={"enum": list(map(str, JobKind))},
+        job_status={"enum": list(map(str, JobState))},
+        **_REASON,
         progress={"type": "number", "minimum": 0, "maximum": 1},
         created_at=_MOMENT,
         finished_at={"anyOf": [_MOMENT, {"type": "null"}]},
