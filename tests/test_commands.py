@@ -298,7 +298,7 @@ def test_serve_and_worker_unusable_detector_stops_the_start(
     tmp_path: Path, command: str, name: str, value: str
 ) -> None:
     (tmp_path / "a-file").write_text("no weights")
-    # A process of its own: where the setting were taken, it would go on for ever.
+    # A process of its own: if the setting were accepted, it would go on for ever.
     ended = subprocess.run(
         [sys.executable, "-m", "ml_backend.cli", command],
         env={
@@ -311,12 +311,47 @@ def test_serve_and_worker_unusable_detector_stops_the_start(
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         preexec_fn=die_with_parent,
     )
     assert ended.returncode == 2, ended.stderr
     assert len(ended.stderr.splitlines()) == 1
     assert f"wrong setting: {name}: " in ended.stderr
+
+
+@pytest.mark.parametrize("command", ["serve", "worker"])
+def test_serve_and_worker_broken_extension_of_another_package_stops_the_start(
+    tmp_path: Path, command: str
+) -> None:
+    metadata = tmp_path / "site" / "their_controls-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: their-controls\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text(
+        "[ml_backend.controls]\ncircle = their_controls:Circle\n"
+    )
+    (tmp_path / "site" / "their_controls.py").write_text("raise RuntimeError('no licence')\n")
+    path = [str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")]
+    # A process of its own: if the fault were not noticed, it would go on for ever.
+    ended = subprocess.run(
+        [sys.executable, "-m", "ml_backend.cli", command],
+        env={
+            **os.environ,
+            "MODEL_DIR": str(tmp_path / "state"),
+            "PORT": str(free_port()),
+            "ML_BACKEND_DEVICE": "cpu",
+            "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        },
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=die_with_parent,
+    )
+    assert ended.returncode == 1, ended.stderr
+    assert ended.stderr == (
+        "error: the control 'circle' of the package their-controls cannot be imported from "
+        "their_controls:Circle (no licence): repair the package, or uninstall it\n"
+    )
 
 
 def test_gunicorn_alone_wrong_setting_is_named_in_one_line(tmp_path: Path) -> None:

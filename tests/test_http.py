@@ -22,12 +22,14 @@ from werkzeug.test import TestResponse
 from ml_backend.backend import Backend
 from ml_backend.detection.detector import Detector
 from ml_backend.detection.presets import preset_named
+from ml_backend.extensions import CONTROLS, ExtensionError
 from ml_backend.http.app import create_app
 from ml_backend.projects.connect import SECRET_HEADER
 from ml_backend.reasons import Code
 from ml_backend.settings import load_settings
 from ml_backend.store.tables import Job, Project
 from tests.conftest import CAPTURES, capture, make_live, wait_for
+from tests.extension import install_extension
 
 KEY = "1.1795463889"
 CONFIG: str = capture("POST_setup")["schema"]
@@ -230,6 +232,15 @@ def test_create_app_registers_the_listed_endpoints(served: Served) -> None:
     assert found == ENDPOINTS
 
 
+def test_create_app_broken_extension_of_another_package_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site"
+    install_extension(CONTROLS, "circle", "no_such_package:Circle", site, monkeypatch)
+    with pytest.raises(ExtensionError, match=r"control 'circle' of the package circle cannot be"):
+        Served(tmp_path / "state")
+
+
 @pytest.mark.parametrize("path", ["/health", "/"])
 def test_health_running_server_is_up(served: Served, path: str) -> None:
     answer = served.client.get(path)
@@ -310,13 +321,28 @@ def test_start_training_twice_makes_one_job_and_job_status_tells_its_reason(serv
 
 @pytest.mark.parametrize("name", [KEY, "1", 1])
 def test_train_key_or_id_finds_the_project(served: Served, name: str | int) -> None:
-    served.post("/setup", capture("POST_setup"))
+    assert served.version() == "untrained"
     answer = served.post("/train", {"project": name})
     assert answer.status_code == 409
     assert answer.json is not None
     assert answer.json["status"] == "refused"
     served.post("/webhook", capture("POST_webhook_ANNOTATIONS_CREATED"))
     assert served.post("/train", {"project": name}).status_code == 201
+
+
+def test_train_too_few_known_annotations_and_label_studio_can_be_asked_starts_a_training(
+    served: Served,
+) -> None:
+    # It brings an address and a token, with which the training reads back first.
+    served.post("/setup", capture("POST_setup"))
+    answer = served.post("/train", {"project": KEY})
+    assert answer.status_code == 201
+    assert answer.json is not None
+    assert answer.json["status"] == "queued"
+    assert (answer.json["reason_code"], answer.json["reason_values"]) == (
+        Code.ASKED_FOR,
+        {"annotated": 0},
+    )
 
 
 @pytest.mark.parametrize("path", ["/setup", "/predict"])

@@ -53,10 +53,11 @@ def _outer_cause(error: Exception) -> str | None:
     """Names the failing thing outside this program, and its setting; None for a fault of ours."""
     from sqlalchemy.exc import DatabaseError
 
+    from ml_backend.extensions import ExtensionError
     from ml_backend.label_studio.client import LabelStudioError
     from ml_backend.store.database import is_outside
 
-    if isinstance(error, LabelStudioError):
+    if isinstance(error, LabelStudioError | ExtensionError):
         return str(error)
     settings = load_settings()
     if isinstance(error, DatabaseError) and is_outside(error):

@@ -9,6 +9,7 @@ import time
 from flask import Flask, Response, g, request
 
 from ml_backend.backend import Backend
+from ml_backend.extensions import check_extensions
 from ml_backend.http import (
     delete,
     duplicate_model,
@@ -38,7 +39,9 @@ def create_app(backend: Backend | None = None) -> Flask:
     Raises:
         SettingsError: a setting is unknown or wrong.
         DeviceError: the device of the settings cannot be used.
+        ExtensionError: another package's extension cannot be imported.
     """
+    check_extensions()
     backend = backend or Backend(load_settings())
     logging.basicConfig(
         level=backend.settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
