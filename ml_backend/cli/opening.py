@@ -1,4 +1,4 @@
-"""Opens what commands work on: settings, the backend, a project of it."""
+"""Opens settings, backend and project for commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`serve` and `worker`: the processes that run until they are stopped."""
+"""`serve` and `worker`: run until they are stopped."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def serve() -> None:
         ]
         for device in _devices(settings)
     }
-    # All must use one folder, whatever folder they start in.
+    # An absolute path, so that all processes use the same folder.
     environment = {**os.environ, "MODEL_DIR": str(settings.model_dir.absolute())}
     stopping = False
 
@@ -68,7 +68,7 @@ def serve() -> None:
         time.sleep(0.5)
         ended = {name: p.returncode for name, p in running.items() if p.poll() is not None}
         if stopping:
-            # All were told to end: none is started again.
+            # All processes were told to end: none is started again.
             break
         if server in ended:
             for process in running.values():
@@ -131,7 +131,7 @@ def _check_in_own_process() -> None:
 
 
 def _devices(settings: Settings) -> list[str]:
-    """The devices of this host that the settings allow."""
+    """Lists the devices of this host that the settings allow."""
     from ml_backend.serving.own_device import serving_devices
 
     return [str(device) for device in serving_devices(settings.device)]

@@ -1,7 +1,7 @@
-"""`GET /openapi.json`: what this server takes and answers, as OpenAPI 3.1.
+"""`GET /openapi.json`: describes requests and answers of this server, as OpenAPI 3.1.
 
-Bodies come from the models that check them. Errors are one sentence in `error`, with the same
-sentence as the reason phrase.
+The schemas of bodies are made of the models that check them. An error is one sentence in `error`,
+and the same sentence, shortened, as the reason phrase.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _COUNT: Schema = {"type": "integer", "minimum": 0}
 
 
 def _object(optional: tuple[str, ...] = (), **properties: Schema) -> Schema:
-    """An object of just these properties."""
+    """Makes the schema of an object that has these properties and no others."""
     return {
         "type": "object",
         "properties": properties,
@@ -72,7 +72,7 @@ _REASON: dict[str, Schema] = {
         "`code` and `values`.",
     },
 }
-_ASKED = _object(job=_COUNT, status={"enum": list(map(str, JobState))}, **_REASON)
+_ASKED = _object(optional=(), job=_COUNT, status={"enum": list(map(str, JobState))}, **_REASON)
 _SCHEMAS: dict[str, Schema] = {
     "Error": _object(error=_TEXT),
     "Prediction": _object(
@@ -81,6 +81,7 @@ _SCHEMAS: dict[str, Schema] = {
         model_version=_TEXT,
     ),
     "Job": _object(
+        optional=(),
         job=_COUNT,
         kind={"enum": list(map(str, JobKind))},
         job_status={"enum": list(map(str, JobState))},
@@ -150,7 +151,13 @@ def _answer(schema: Schema, kind: str = "application/json", *, of: int = 200) ->
 def _operation(
     summary: str, answers: dict[int, Schema], body: type[BaseModel] | str | None = None
 ) -> Schema:
-    """What a path answers, and takes: a model's JSON, or that of a schema above."""
+    """Describes an operation, with the errors that it may answer.
+
+    Args:
+        summary: one line.
+        answers: schema by status.
+        body: the model that checks the body, or the name of a schema above.
+    """
     errors = [400, 403, 413] if body is not None else []
     if summary != _HEALTH:
         errors += [401, 503]
@@ -175,7 +182,7 @@ _HEALTH = "Is it up?"
 
 @functools.cache
 def description() -> Schema:
-    """The whole description."""
+    """Makes the whole description."""
     _, bodies = models_json_schema(
         [(model, "validation") for model in _BODIES], ref_template="#/components/schemas/{model}"
     )
