@@ -55,7 +55,7 @@ def write_dataset(dataset: LabelledData, folder: Path, format: str) -> None:
 
 
 def _places(samples: Iterable[Sample], image_folder: PurePosixPath) -> list[PurePosixPath]:
-    """A path for each image file, each without suffix different from all others."""
+    """Makes a path for each image file; no two are equal without their suffix."""
     taken: set[str] = set()
     places: list[PurePosixPath] = []
     for sample in samples:

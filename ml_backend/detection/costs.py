@@ -60,7 +60,7 @@ class CostModel:
 
     @property
     def break_even(self) -> float:
-        """Confidence from which showing a box costs less than hiding it, on average."""
+        """Computes the confidence from which showing a box costs less than hiding it."""
         return self.delete / (self.delete + self.draw)
 
 
@@ -195,7 +195,7 @@ class _Image:
 
 
 def _savings(drawn: Detections, sample: Sample, costs: CostModel) -> _Floats:
-    """`[N, M]`: seconds saved where box `n` becomes object `m`, against deleting and drawing."""
+    """Computes the seconds saved, `[N, M]`, where box `n` is made object `m` and not deleted."""
     if not len(drawn) or not len(sample.labels):
         return np.zeros((len(drawn), len(sample.labels)))
     iou = _iou(drawn.boxes, sample.boxes)
@@ -214,13 +214,13 @@ def _repairs(savings: _Floats, boxes: int, costs: CostModel) -> float:
 
 
 def _hiding(scores: npt.NDArray[np.float32], threshold: float, costs: CostModel) -> float:
-    """Seconds that hiding what lies below a threshold costs, if confidences mean what they say."""
+    """Computes the seconds that hiding boxes below a threshold costs, if confidences are right."""
     hidden = scores[scores < threshold]
     return float((hidden * (costs.draw + costs.delete) - costs.delete).sum())
 
 
 def _candidates(scores: npt.NDArray[np.float32]) -> list[float]:
-    """Thresholds worth trying: between scores, at most `CANDIDATES`, and `NEVER`."""
+    """Lists thresholds to try: between scores, at most `CANDIDATES`, and `NEVER`."""
     values = np.unique(scores)
     if len(values) > CANDIDATES:
         values = np.quantile(values, np.linspace(0, 1, CANDIDATES), method="nearest")

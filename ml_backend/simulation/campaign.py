@@ -287,7 +287,7 @@ class Simulation:
     def _shown(
         self, version: _Version | None, index: int, labels: tuple[str, ...], price: float
     ) -> Detections:
-        """The boxes that the annotator is shown; their labels are indices into `labels`."""
+        """Selects the boxes that the annotator is shown; their labels are indices into `labels`."""
         if version is None:
             return Detections.empty()
         found = version.found[self._samples[index].key]
@@ -344,7 +344,7 @@ class Simulation:
         return chosen + [i for i in order if i not in set(chosen)]
 
     def _known_labels(self, late: Mapping[str, int], labelled: int) -> tuple[str, ...]:
-        """The labels that the annotator uses after a number of images; late labels come last."""
+        """Lists the labels that the annotator uses after a number of images, late ones last."""
         first = tuple(label for label in self._labels if label not in late)
         came = sorted((n, label) for label, n in late.items() if labelled >= n)
         return first + tuple(label for _, label in came)

@@ -206,7 +206,7 @@ def _chosen(database: Database, project_id: int) -> tuple[list[int], int]:
             .order_by(Task.label_studio_id, Annotation.ground_truth, Annotation.updated_at)
         )
         # The last row of each task stays: ground truth sorts after the others, newer after older.
-        chosen = dict(row._tuple() for row in rows)
+        chosen: dict[int, int] = dict(iter(rows))
     return list(chosen.values()), revision
 
 
