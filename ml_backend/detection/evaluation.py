@@ -290,7 +290,7 @@ class _Matched:
     def average_precision(
         self, chosen: npt.NDArray[np.int64], thresholds: Sequence[float]
     ) -> _Floats:
-        """Computes AP, `[thresholds, classes]`; NaN where the chosen images hold no box of a class."""
+        """Computes AP, `[thresholds, classes]`; NaN where the images hold no box of a class."""
         result = np.full((len(thresholds), len(self._classes)), np.nan)
         support = self.boxes[chosen].sum(axis=0)
         for c in range(len(self._classes)):
