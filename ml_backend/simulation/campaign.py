@@ -36,7 +36,7 @@ from ml_backend.detection.evaluation import evaluate
 from ml_backend.detection.prediction import predict_samples
 from ml_backend.detection.presets import preset_named
 from ml_backend.detection.types import Detections, Sample
-from ml_backend.jobs.schedule import Situation, decide
+from ml_backend.jobs.schedule import Action, Situation, decide
 from ml_backend.reasons import Code, Reason, reason
 from ml_backend.settings import Settings
 from ml_backend.simulation.results import Campaign, OnProgress, OnRound, Round
@@ -148,7 +148,7 @@ class Simulation:
                 minimum=self._settings.train_min,
                 delay=0.0,
             )
-            return decision.action == "start"
+            return decision.action is Action.START
 
         def ask(state: _State) -> int:
             if state.version is None:
