@@ -1,4 +1,4 @@
-"""The contract of detector architectures, on torchvision's networks and on somebody else's."""
+"""Check the contract of detector architectures on torchvision's networks and on another one."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _assert_rows_follow_labels(
     rows_of: Callable[[Tensor, int, int], Tensor],
     heads: Sequence[str],
 ) -> None:
-    """Checks that rows of each label moved with it, and that everything else is equal."""
+    """Check that the rows of each label moved with it, and that everything else is equal."""
     was, now = before.state_dict(), after.state_dict()
     assert was.keys() == now.keys()
     for name, tensor in now.items():
@@ -146,7 +146,7 @@ def test_with_labels_retinanet_keeps_rows_of_each_anchor() -> None:
 
 
 class _ByTheProtocol(nn.Module):
-    """Follows torchvision's documented protocol and nothing more: it has no `transform`."""
+    """Follow torchvision's documented protocol alone: this network has no `transform`."""
 
     def __init__(self, outputs: int) -> None:
         super().__init__()
