@@ -232,6 +232,31 @@ class Versions:
             self._artefacts.remove(key, version.name)
         return [v.name for v in doomed]
 
+    def remove_unrecorded(self, project_id: int) -> None:
+        """Deletes what killed processes left of a project in the artefact store.
+
+        That is: half-written artefacts, the artefacts of trainings that were killed before their
+        version was recorded, and artefacts that `prune` did not come to delete. Call it only while
+        no training of the project runs. Logs a warning where the store cannot be used.
+        """
+        with self._database.reading() as session:
+            project = session.get_one(Project, project_id)
+            recorded = session.scalars(
+                select(ModelVersion.name).where(
+                    ModelVersion.project_id == project_id, ModelVersion.state != VersionState.PRUNED
+                )
+            ).all()
+        try:
+            self._artefacts.sweep(project.key)
+            removed = self._artefacts.remove_unrecorded(
+                project.key, set(recorded), project.created_at
+            )
+        except OSError as error:
+            _log.warning("project %s: artefacts are cleaned up later: %s", project.key, error)
+            return
+        if removed:
+            _log.info("project %s: deleted unrecorded artefacts: %s", project.key, removed)
+
     def _check(self, session: Session, project: Project, name: str) -> None:
         known = session.scalar(
             select(ModelVersion).where(

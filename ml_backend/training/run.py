@@ -82,10 +82,12 @@ class TrainingRun:
             config = parse_label_config(project.label_config)
         except LabelConfigError as error:
             raise Refused(reason(Code.LABEL_CONFIG_UNUSABLE, detail=str(error))) from error
+        # One training of a project runs at a time, so nobody is writing an artefact of it.
+        self._versions.remove_unrecorded(project.id)
         live = self._live(project, device)
         presets = [preset_named(self._settings.preset, device)]
         presets += [live.detector.preset] if live is not None else []
-        # A project has one training at a time: a killed one left the files that are there.
+        # For the same reason, files that are there were left by a killed training.
         folder = self._settings.model_dir / "training" / project.key
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
