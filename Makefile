@@ -37,7 +37,7 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
-	$(PIP) install --editable ".[dev,distributed]"
+	$(PIP) install --editable ".[dev]"
 	@touch $@ $(VENV)/.installed
 
 $(LABEL_STUDIO_VENV)/.installed:

@@ -66,6 +66,35 @@ class Registry:
             )
         return load_path(self.kind, path)
 
+    def check(self) -> None:
+        """Imports every extension that another package has declared.
+
+        Raises:
+            ExtensionError: one of them cannot be imported.
+        """
+        for entry in entry_points(group=self.group):
+            try:
+                _import(entry.value)
+            except Exception as error:
+                package = entry.dist.name if entry.dist is not None else "unknown"
+                raise ExtensionError(
+                    f"the {self.kind} {entry.name!r} of the package {package} cannot be imported "
+                    f"from {entry.value} ({_cause(error)}): repair the package, or uninstall it"
+                ) from error
+
+
+def check_extensions() -> None:
+    """Imports what other packages have declared; without such a package, nothing is imported.
+
+    A server does this at its start, since a control that cannot be imported would make every label
+    config fail.
+
+    Raises:
+        ExtensionError: an extension cannot be imported; the text names it and its package.
+    """
+    for registry in (PRESETS, STRATEGIES, CONTROLS, DATASET_FORMATS):
+        registry.check()
+
 
 def load_path(kind: str, path: str) -> Any:
     """Imports `package.module:attribute`.
@@ -77,16 +106,23 @@ def load_path(kind: str, path: str) -> Any:
     Raises:
         ExtensionError: the module or the attribute cannot be imported.
     """
-    module, _, attribute = path.partition(":")
     try:
-        return functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+        return _import(path)
     except Exception as error:
-        # Another package's module may raise anything.
-        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ExtensionError(
-            f"the {kind} {path!r} cannot be imported ({cause}): install its package, or put its "
-            "folder into PYTHONPATH"
+            f"the {kind} {path!r} cannot be imported ({_cause(error)}): install its package, or "
+            "put its folder into PYTHONPATH"
         ) from error
+
+
+def _import(path: str) -> Any:
+    """Imports `package.module:attribute`; another package's module may raise anything."""
+    module, _, attribute = path.partition(":")
+    return functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+
+
+def _cause(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 PRESETS = Registry(

@@ -1,7 +1,7 @@
-"""Start PostgreSQL and Redis for the tests, each with a folder and a port of its own.
+"""Start PostgreSQL for the tests, with a folder and a port of its own.
 
-The Debian packages `postgresql` and `redis-server` must be installed; where one is missing, the
-tests that need it are skipped.
+The Debian package `postgresql` must be installed; where it is missing, the tests that need it are
+skipped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from pathlib import Path
 
 import psycopg
 import pytest
-import redis
 
 from ml_backend.demo.label_studio_server import DidNotStart, free_port
 from ml_backend.worker.processes import die_with_parent
@@ -104,33 +103,6 @@ def running_postgresql() -> Iterator[PostgreSQL]:
             yield server
 
 
-@contextmanager
-def running_redis() -> Iterator[str]:
-    """Run Redis, which keeps nothing on disk, while the context lasts; yield its address.
-
-    The test is skipped where Redis is not installed.
-    """
-    program = _program("redis-server", "redis-server")
-    port = free_port()
-    with tempfile.TemporaryDirectory(prefix="redis-") as name:
-        folder = Path(name)
-        with (folder / "log").open("wb") as log:
-            process = subprocess.Popen(
-                [
-                    *(program, "--bind", "127.0.0.1", "--port", str(port)),
-                    *("--save", "", "--appendonly", "no"),
-                ],
-                cwd=folder,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                preexec_fn=die_with_parent,
-            )
-        with _ended(process, signal.SIGTERM):
-            with redis.Redis(port=port) as client:
-                _wait(process, folder / "log", client.ping)
-            yield f"redis://127.0.0.1:{port}/0"
-
-
 def _program(name: str, package: str) -> Path:
     """Return the path of a server's program, which Debian may keep outside `PATH`."""
     if found := shutil.which(name):
@@ -147,7 +119,7 @@ def _wait(process: subprocess.Popen[bytes], log: Path, ask: Callable[[], object]
     while time.monotonic() < until and process.poll() is None:
         try:
             ask()
-        except (psycopg.OperationalError, redis.ConnectionError):
+        except psycopg.OperationalError:
             # The server is not up yet.
             time.sleep(0.05)
         else:

@@ -55,14 +55,14 @@ def follow(backend: Backend, job: Job) -> None:
 
     program = threading.Thread(target=work)
     program.start()
-    ended = False
+    has_ended = False
     try:
         with os.fdopen(mine, "rb") as pipe:
             for line in pipe:
                 report = parse_report(line)
                 run.apply(report)
-                ended = ended or isinstance(report, End)
-        if not ended:
+                has_ended = has_ended or isinstance(report, End)
+        if not has_ended:
             run.crashed(reason(Code.PROCESS_CRASHED, kind=job.kind), 0)
     except TakenOver:
         pass

@@ -15,19 +15,20 @@ import torch
 from sqlalchemy.engine.default import DefaultDialect
 
 from ml_backend.detection import detector
+from ml_backend.jobs.jobs import Jobs
 
 _WITHIN = 120
 
 # Children of a fork server start with all modules imported.
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["tests.steps", "ml_backend.http.app", "ml_backend.programs.job"])
+_processes.set_forkserver_preload(["tests.steps", "tests.job_process", "ml_backend.http.app"])
 
 
 class Steps:
     """Run work in a process that kills itself at one of its steps.
 
     A step is the moment before or after a call with a lasting effect: a write, fsync, rename,
-    commit or HTTP request.
+    commit, checkpoint of a job or HTTP request.
 
     Args:
         settings: environment variables of the process.
@@ -97,6 +98,8 @@ def _die_at(
         (Path, "write_text"),
         (detector, "save_file"),
         (DefaultDialect, "do_commit"),
+        # One statement that is a transaction by itself is not committed.
+        (Jobs, "advance"),
         (requests.Session, "send"),
     ):
         setattr(owner, name, counted(getattr(owner, name)))

@@ -1,4 +1,4 @@
-"""The contract of detector architectures, on torchvision's networks and on somebody else's."""
+"""Check the contract of detector architectures on torchvision's networks and on another one."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _assert_rows_follow_labels(
     rows_of: Callable[[Tensor, int, int], Tensor],
     heads: Sequence[str],
 ) -> None:
-    """Checks that rows of each label moved with it, and that everything else is equal."""
+    """Check that the rows of each label moved with it, and that everything else is equal."""
     was, now = before.state_dict(), after.state_dict()
     assert was.keys() == now.keys()
     for name, tensor in now.items():
@@ -146,7 +146,7 @@ def test_with_labels_retinanet_keeps_rows_of_each_anchor() -> None:
 
 
 class _ByTheProtocol(nn.Module):
-    """Follows torchvision's documented protocol and nothing more: it has no `transform`."""
+    """Follow torchvision's documented protocol alone: this network has no `transform`."""
 
     def __init__(self, outputs: int) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ def test_train_module_without_transform_trains_and_predicts(tmp_path: Path) -> N
 
 
 def test_readme_example_of_a_preset_is_loaded_trained_and_saved(tmp_path: Path) -> None:
-    section = (ROOT / "README.md").read_text().split("## Another detector")[1].split("\n## ")[0]
+    section = (ROOT / "README.md").read_text().split("## Extend it")[1].split("\n## ")[0]
     (example,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     (tmp_path / "my_module.py").write_text(example)
     script = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -38,8 +39,33 @@ def test_sweep_folder_of_a_killed_process_is_deleted(tmp_path: Path) -> None:
     store = ArtefactStore(tmp_path)
     store.publish("1.5", "v1", _write, {})
     (tmp_path / "projects/1.5/.building-x").mkdir()
-    store.sweep()
+    store.sweep("1.5")
     assert [p.name for p in (tmp_path / "projects/1.5").iterdir()] == ["v1"]
+
+
+def test_sweep_leaves_the_folders_of_other_projects(tmp_path: Path) -> None:
+    other = tmp_path / "projects/2.5/.building-x"
+    other.mkdir(parents=True)
+    ArtefactStore(tmp_path).sweep("1.5")
+    assert other.is_dir()
+
+
+def test_remove_unrecorded_deletes_versions_without_a_record(tmp_path: Path) -> None:
+    store = ArtefactStore(tmp_path)
+    before = datetime.now(UTC) - timedelta(minutes=1)
+    for version in ("v1", "v2", "v3"):
+        store.publish("1.5", version, _write, {})
+    store.publish("2.5", "v1", _write, {})
+    assert store.remove_unrecorded("1.5", {"v2"}, before) == ["v1", "v3"]
+    assert [p.name for p in (tmp_path / "projects/1.5").iterdir()] == ["v2"]
+    store.check("2.5", "v1")
+
+
+def test_remove_unrecorded_keeps_versions_older_than_the_project_s_record(tmp_path: Path) -> None:
+    store = ArtefactStore(tmp_path)
+    store.publish("1.5", "v1", _write, {})
+    assert store.remove_unrecorded("1.5", set(), datetime.now(UTC) + timedelta(minutes=1)) == []
+    store.check("1.5", "v1")
 
 
 def test_existing_missing_version_is_named(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Running totals of audits equal a recount, whatever happens to the annotations."""
+"""Test that running totals of audits equal a recount, whatever happens to the annotations."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from ml_backend.audits.totals import Basis, Totals, read_totals, sum_audits
 from ml_backend.backend import Backend
 from ml_backend.http.app import create_app
 from ml_backend.label_studio.events import Ignored, parse_event
+from ml_backend.reasons import Code, reason
 from ml_backend.settings import load_settings
 from ml_backend.store.tables import Annotation, Audit, Job, Project
 from ml_backend.training.promotion import Verdict
-from tests.conftest import capture
+from tests.conftest import capture, record_version
 
 KEY = "1.1795463889"
 START = datetime(2026, 11, 23, 20, 0, tzinfo=UTC)
@@ -84,6 +85,21 @@ def _began_with(backend: Backend, number: int, version: str, *, blind: bool = Fa
             )
 
 
+def _make_version(backend: Backend, project: int, name: str) -> None:
+    """Enters a version, which is live if it is the first."""
+    verdict = Verdict(promote=True, reason=reason(Code.FIRST_VERSION, ap50=0.5))
+    record_version(
+        backend.versions,
+        backend.database,
+        project,
+        name,
+        CARD,
+        verdict,
+        parent=None,
+        revision=0,
+    )
+
+
 def _check_totals(backend: Backend, project: int) -> None:
     with backend.database.reading() as session:
         basis = Basis.of(session, project, backend.settings)
@@ -124,10 +140,7 @@ def test_totals_after_any_changes_equal_a_recount(
                 assert backend.audits.update(project) is None
                 _check_totals(backend, project)
             elif change == "version":
-                verdict = Verdict(promote=True, reason="promoted")
-                backend.versions.record(
-                    project, f"w{minute}", CARD, verdict, parent=None, revision=0
-                )
+                _make_version(backend, project, f"w{minute}")
             else:
                 body = _annotated(
                     number, minute, lead_time=lead_time, was_cancelled=change == "skip"
@@ -143,13 +156,11 @@ def test_totals_after_any_changes_equal_a_recount(
 
 @pytest.fixture
 def backend(tmp_path: Path) -> Iterator[Backend]:
-    """A backend with a version and two annotations that began with its prediction."""
+    """Makes a backend with a version and two annotations that began with its prediction."""
     backend = _backend(tmp_path)
     project = _hear(backend, _annotated(1, 0, lead_time=10.0))
     _hear(backend, _annotated(2, 0, lead_time=30.0))
-    backend.versions.record(
-        project, "v1", CARD, Verdict(promote=True, reason="promoted"), parent=None, revision=0
-    )
+    _make_version(backend, project, "v1")
     for number in (1, 2):
         _began_with(backend, number, "v1")
     assert backend.audits.update(project) is None
@@ -193,6 +204,7 @@ def test_metrics_count_what_processes_of_jobs_predicted(backend: Backend) -> Non
             ("autolabel", "done", "untrained", 100, 0),
             ("autolabel", "done", "v1", 500, 3),
             ("autolabel", "running", "v2", 70, 1),
+            ("autolabel_shard", "done", "v2", 40, 1),
             ("predict", "done", "v1", 20, 2),
             ("predict", "queued", None, 0, 0),
         ):
@@ -203,11 +215,15 @@ def test_metrics_count_what_processes_of_jobs_predicted(backend: Backend) -> Non
                     state=state,
                     version=version,
                     trigger="command",
-                    payload={"imported": imported, "left_out": left_out},
+                    checkpoint={"imported": imported, "left_out": left_out},
                 )
             )
     text = client.get("/metrics").text
-    for kind, imported, failures in (("autolabel", 670, 4), ("predict", 20, 2)):
+    for kind, imported, failures in (
+        ("autolabel", 670, 4),
+        ("autolabel_shard", 40, 1),
+        ("predict", 20, 2),
+    ):
         labels = f'{{kind="{kind}",project="{KEY}"}}'
         assert f"ml_backend_job_predictions_total{labels} {imported}.0" in text
         assert f"ml_backend_job_image_failures_total{labels} {failures}.0" in text

@@ -1,4 +1,4 @@
-"""What people made of predictions, in a real Label Studio, and the time that it saved them."""
+"""Test the audits: what became of predictions in a real Label Studio, and the time they saved."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from ml_backend.demo.shapes import generate
 from ml_backend.label_studio.client import LabelStudioClient
 from ml_backend.label_studio.label_config import parse_label_config
 from ml_backend.projects.reconcile import reconcile
+from ml_backend.reasons import Code, reason
 from ml_backend.settings import load_settings
 from ml_backend.store.tables import Annotation, Audit, Project
 from ml_backend.training.dataset import build_dataset
 from ml_backend.training.promotion import Verdict
 from ml_backend.wording import words
 from ml_backend.wording.audits import summary_lines
-from tests.conftest import RunningBackend, ask, wait_for
+from tests.conftest import RunningBackend, ask, record_version, wait_for
 
 PAIRS = """<View>
   <Image name="image" value="$image"/>
@@ -42,7 +43,7 @@ Region = dict[str, Any]
 
 
 def box(number: str, label: str = "Circle", x: float = 10.0, **fields: Any) -> Region:
-    """A region of `LABEL_CONFIG`."""
+    """Makes a region of `LABEL_CONFIG`."""
     return {
         "id": number,
         "type": "rectanglelabels",
@@ -64,7 +65,7 @@ def box(number: str, label: str = "Circle", x: float = 10.0, **fields: Any) -> R
 
 
 def pair(number: str, label: str = "Circle", x: float = 10.0) -> list[Region]:
-    """The two results of a region of `PAIRS`."""
+    """Makes the two results of a region of `PAIRS`."""
     one = box(number, x=x) | {"type": "rectangle", "from_name": "box"}
     del one["value"]["rectanglelabels"]
     other = copy.deepcopy(one) | {"type": "labels", "from_name": "label"}
@@ -73,7 +74,7 @@ def pair(number: str, label: str = "Circle", x: float = 10.0) -> list[Region]:
 
 
 class Site:
-    """A project in a real Label Studio, and a backend that does not run."""
+    """Holds a project in a real Label Studio, and a backend that does not run."""
 
     def __init__(
         self,
@@ -105,7 +106,7 @@ class Site:
         ).id
 
     def call(self, method: str, path: str, body: object = None) -> Any:
-        """One request to Label Studio's API."""
+        """Sends a request to Label Studio's API; answers its JSON."""
         return ask(self.server, method, path, body)
 
     def predict(self, task: int, result: list[Region], version: str = "v1") -> int:
@@ -120,24 +121,33 @@ class Site:
 
     def make_version(self, name: str) -> None:
         """Enters a live version."""
-        verdict = Verdict(promote=True, reason="promoted")
+        verdict = Verdict(promote=True, reason=reason(Code.FIRST_VERSION, ap50=0.5))
         with self.backend.database.reading() as session:
             live = session.get_one(Project, self.row).live_version
-        self.backend.versions.record(self.row, name, CARD, verdict, parent=live, revision=0)
+        record_version(
+            self.backend.versions,
+            self.backend.database,
+            self.row,
+            name,
+            CARD,
+            verdict,
+            parent=live,
+            revision=0,
+        )
 
     def read_back(self) -> None:
-        """Stores what Label Studio holds."""
+        """Reads back from Label Studio."""
         with self.backend.database.reading() as session:
             project = session.get_one(Project, self.row)
         reconcile(project, self.client, self.backend.database, self.backend.ingest)
 
     def count(self) -> None:
-        """Stores what Label Studio holds, and counts it as the worker does."""
+        """Reads back from Label Studio, and updates the audits as the worker does."""
         self.read_back()
         assert self.backend.audits.update(self.row) is None
 
     def learned(self) -> list[int]:
-        """The tasks that a training would learn from."""
+        """Lists the tasks that a training would learn from."""
         with self.backend.database.reading() as session:
             project = session.get_one(Project, self.row)
         with TemporaryDirectory() as folder:
@@ -149,12 +159,13 @@ class Site:
                 Path(folder),
                 max_pixels=10**6,
                 random_share=0.1,
-                on_progress=lambda fraction, words: None,
+                store_sides=lambda rows: None,
+                on_progress=lambda fraction, why: None,
             )
         return sorted(dataset.task_of.values())
 
     def audit(self, annotation: int) -> Audit | None:
-        """The audit of an annotation."""
+        """Reads the audit of an annotation."""
         with self.backend.database.reading() as session:
             return session.scalar(
                 select(Audit)
@@ -163,13 +174,13 @@ class Site:
             )
 
     def boxes(self, annotation: int) -> Boxes:
-        """What became of the boxes of an annotation."""
+        """Counts what became of the predicted boxes of an annotation."""
         audit = self.audit(annotation)
         assert audit is not None
         return Boxes(audit.accepted, audit.moved, audit.relabelled, audit.deleted, audit.added)
 
     def version(self, annotation: int) -> str | None:
-        """The version that an annotation began with."""
+        """Reads the version that an annotation began with."""
         audit = self.audit(annotation)
         assert audit is not None
         return audit.version
@@ -211,7 +222,7 @@ def test_update_annotation_of_a_prediction_counts_boxes_by_what_became_of_them(
     assert site.version(unaided) is None
     assert site.audit(skipped) is None
 
-    # Ours alone are summed up, and the version's card says it.
+    # Only our versions are summed up, and the version's card holds the sums.
     summary = site.backend.audits.summary(site.row)
     assert summary is not None
     assert summary.ours.boxes == Boxes(2, 1, 2, 1, 1)
@@ -228,7 +239,7 @@ def test_update_annotation_of_a_prediction_counts_boxes_by_what_became_of_them(
     (version,) = site.backend.versions.all(site.row)
     assert version.card["audits"]["boxes"]["deleted"] == 4
 
-    # Without the prediction the editor's word counts; what it was is not forgotten.
+    # Once the prediction is gone, the regions' `origin` decides; the version stays known.
     site.call("DELETE", f"/api/predictions/{prediction}/")
     changed = [
         box("p0", origin="prediction"),
@@ -260,7 +271,7 @@ def test_update_prediction_already_deleted_counts_by_the_origin_of_regions(
     site.read_back()
     site.call("DELETE", f"/api/predictions/{prediction}/")
     assert site.backend.audits.update(site.row) is None
-    # The third was deleted, but nobody can know.
+    # The third box was deleted, which no region shows.
     assert site.boxes(annotation) == Boxes(accepted=1, moved=1)
     assert site.version(annotation) is None
 
@@ -282,10 +293,11 @@ def test_update_predictions_accepted_in_bulk_count_without_a_time(
     assert summary is not None
     assert summary.ours.annotations == summary.ours.in_bulk == 3
     assert summary.ours.boxes == Boxes(accepted=3)
-    # Nobody's time was taken, so none is said to be saved.
+    # No time is known of these annotations, so that no saved time is claimed.
     assert summary.ours.hours_saved is None
     assert len(summary_lines(summary)) == 1
-    # Nobody has seen that the first one is empty: it is not learned. What people say is empty, is.
+    # A person has not confirmed that the first image is empty: it is not learned from. Once
+    # somebody submits it as empty, it is.
     assert site.learned() == site.tasks[1:]
     empty = site.predict(site.tasks[0], [])
     site.annotate(site.tasks[0], [], parent_prediction=empty, lead_time=4.0)
@@ -420,7 +432,7 @@ def test_update_label_studio_away_answers_when_to_ask_again_and_logs_once(
         assert audits.update(site.row) == AWAY
     assert [r.message for r in caplog.records if "cannot be counted yet" in r.message]
     assert sum("cannot be counted yet" in r.message for r in caplog.records) == 1
-    # What needs no prediction was counted.
+    # The annotation that began without a prediction was counted.
     assert site.boxes(unaided) == Boxes(added=1)
     assert site.audit(aided) is None
     site.count()
@@ -445,7 +457,7 @@ def test_update_without_a_token_counts_by_the_origin_of_regions(
 def site_and_server(
     label_studio: LabelStudioServer, tmp_path: Path
 ) -> Iterator[tuple[Site, RunningBackend]]:
-    """A project with a live version, and the backend that serves it."""
+    """Runs a backend for a project with a live version."""
     running = RunningBackend(
         tmp_path, LABEL_STUDIO_URL=label_studio.url, LABEL_STUDIO_API_KEY=label_studio.login.token
     )
@@ -457,7 +469,7 @@ def site_and_server(
     running.stop()
 
 
-def test_worker_counts_audits_and_status_versions_and_metrics_show_them(
+def test_worker_annotations_of_predictions_are_counted_and_shown_by_status_versions_and_metrics(
     site_and_server: tuple[Site, RunningBackend],
 ) -> None:
     site, running = site_and_server

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import select
 import socket
 import threading
@@ -37,10 +36,12 @@ from ml_backend.label_studio.client import (
 )
 from ml_backend.projects.reconcile import reconcile
 from ml_backend.settings import load_settings
+from ml_backend.store.states import JobState
 from ml_backend.store.tables import Contact, Job, Project, now
-from ml_backend.worker.supervisor import REFUSED
+from ml_backend.wording import words
 from tests import stand_in
-from tests.conftest import ask, capture, make_live, predictions_held
+from tests.conftest import ask, capture, make_live, predictions_held, wait_for
+from tests.job_process import run_job
 from tests.steps import Steps
 
 ANSWERS = {
@@ -180,14 +181,6 @@ class Site:
         detector = Detector.pretrained(preset, SHAPES[:3], "none", cpu)
         make_live(self.backend, detector, version, key=self.key, label_config=LABEL_CONFIG)
 
-    def claim(self, number: int) -> Job:
-        """End a job's wait, and claim the job as a worker does."""
-        with self.backend.database.session() as session:
-            session.execute(update(Job).where(Job.id == number).values(not_before=None))
-        job = self.backend.jobs.claim(number)
-        assert job is not None
-        return job
-
     def job(self, number: int) -> Job:
         """Return a job, which must exist."""
         job = self.backend.jobs.get(number)
@@ -197,8 +190,8 @@ class Site:
     def assert_waits(self, number: int, how: str) -> None:
         """Check that a job waits with a reason, and that the failure costs it no attempt."""
         job = self.job(number)
-        assert (job.state, job.attempt) == ("queued", 0), job.reason
-        assert SAID[how][1] in job.reason
+        assert (job.state, job.attempt) == (JobState.QUEUED, 0), job.reason
+        assert SAID[how][1] in words(job.reason)
         assert job.not_before is not None
         assert job.not_before > now() + timedelta(seconds=20)
 
@@ -213,25 +206,15 @@ def _shorten_timeouts() -> None:
     client_module._QUICK_TIMEOUT = transport_module._TIMEOUT = (1, 1)
 
 
-def _autolabel(job: int) -> None:
-    from ml_backend.programs.predict import main
-
+def _run_job(job: int) -> int:
     _shorten_timeouts()
-    # `os._exit` does not wait for threads.
-    os._exit(main(job, os.getppid()))
-
-
-def _train(job: int) -> int:
-    from ml_backend.programs.train import main
-
-    _shorten_timeouts()
-    return main(job, os.getppid())
+    return run_job(job)
 
 
 @pytest.fixture
 def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the client wait one second instead of a minute."""
-    monkeypatch.setattr(client_module, "_TIMEOUT", (1, 1))
+    monkeypatch.setattr(transport_module, "_TIMEOUT", (1, 1))
     monkeypatch.setattr(client_module, "_QUICK_TIMEOUT", (1, 1))
 
 
@@ -242,24 +225,22 @@ def test_jobs_label_studio_fails_wait_with_a_reason_and_end_once_it_is_back(
     served = create_app(site.backend).test_client()
     annotated = dict(list(site.images.items())[:4])
     annotate(label_studio, annotated)
-    autolabel, train = Steps(site.settings, _autolabel), Steps(site.settings, _train)
+    # Runs a job whether or not its delay is over.
+    run = Steps(site.settings, _run_job)
     # The project and its annotations are known, as after webhooks.
     client = site.backend.label_studios.client(site.project)
     assert client is not None
     reconcile(site.project, client, site.backend.database, site.backend.ingest)
-    training = site.backend.jobs.consider_training(site.row, forced=True).job
+    training = site.backend.requests.training(site.row, forced=True).job
 
     for number, how in enumerate(SAID, 1):
         site.promote(f"v{number}")
-        asked = site.backend.jobs.consider_autolabel(site.row)
+        asked = site.backend.requests.autolabel(site.row)
         assert asked is not None
         proxy.become(how)
-        site.claim(asked.job)
-        autolabel.count(asked.job, status=REFUSED)
-        site.assert_waits(asked.job, how)
-        site.claim(training)
-        train.count(training, status=REFUSED)
-        site.assert_waits(training, how)
+        for job in (asked.job, training):
+            run.count(job)
+            site.assert_waits(job, how)
 
         # Metrics and `doctor` tell the kind and the reason.
         kind, words = SAID[how]
@@ -276,17 +257,15 @@ def test_jobs_label_studio_fails_wait_with_a_reason_and_end_once_it_is_back(
         assert served.post("/webhook", json=body).json == {"status": "stored", "changed": 1}
 
         proxy.become("through")
-        site.claim(asked.job)
-        autolabel.count(asked.job)
-        assert site.job(asked.job).state == "done"
+        run.count(asked.job)
+        assert site.job(asked.job).state == JobState.DONE
         gauge = f'label_studio_failing_seconds{{failure="",url="{proxy.url}"}} 0.0'
         assert gauge in served.get("/metrics").text
         assert "requests" not in site.findings()
 
-    site.claim(training)
-    train.count(training)
+    run.count(training)
     trained = site.job(training)
-    assert (trained.state, trained.attempt) == ("done", 1), trained.reason
+    assert (trained.state, trained.attempt) == (JobState.DONE, 1), trained.reason
     assert trained.version is not None
     assert "-4tasks-" in trained.version
     held = predictions_held(label_studio, site.number)
@@ -294,10 +273,7 @@ def test_jobs_label_studio_fails_wait_with_a_reason_and_end_once_it_is_back(
     assert held == Counter((task, f"v{n}") for task in rest for n in range(1, len(SAID) + 1))
 
 
-def test_client_silent_label_studio_waits_for_it_once(
-    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(client_module, "_TIMEOUT", (1, 1))
+def test_client_silent_label_studio_waits_for_it_once(proxy: Proxy, short_timeouts: None) -> None:
     client = LabelStudioClient(proxy.url, "0" * 40)
     proxy.become("silent")
     with pytest.raises(Unreachable, match="does not answer"):
@@ -306,17 +282,22 @@ def test_client_silent_label_studio_waits_for_it_once(
     with pytest.raises(Unreachable, match="asked again in"):
         client.whoami()
     proxy.become("through")
-    monkeypatch.setattr(client, "_ask_again", 0.0)
-    # Label Studio answers again, and refuses the token.
-    for _ in range(2):
-        with pytest.raises(Unauthorized):
-            client.whoami()
+    # After the pause Label Studio answers again, and refuses the token.
+    wait_for(lambda: _is_refused(client), within=20, what="the pause is over", every=0.1)
+    with pytest.raises(Unauthorized):
+        client.whoami()
+
+
+def _is_refused(client: LabelStudioClient) -> bool:
+    """Ask once; return whether the token was refused, instead of no answer."""
+    with pytest.raises((Unauthorized, Unreachable)) as raised:
+        client.whoami()
+    return raised.type is Unauthorized
 
 
 def test_client_answer_of_single_bytes_gives_up_at_twice_the_timeout(
-    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+    proxy: Proxy, short_timeouts: None
 ) -> None:
-    monkeypatch.setattr(client_module, "_TIMEOUT", (1, 1))
     client = LabelStudioClient(proxy.url, "0" * 40)
     proxy.become("drip")
     begun = time.monotonic()

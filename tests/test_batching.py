@@ -1,4 +1,4 @@
-"""Shared batches: everyone gets their own answer, and nobody pays for a neighbour."""
+"""Share batches: each caller gets the answer for its images, whatever fails for others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PRESET = replace(TINY, min_size=96, max_size=160)
 
 
 class _Picky(nn.Module):
-    """Fails on a white image, and out of memory on more than two at a time where told so."""
+    """Fail on a white image, and on more than `most` images at a time."""
 
     def __init__(self, outputs: int) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ def _pictures(count: int) -> list[Image.Image]:
 def _ask(
     detector: Detector, images: list[Image.Image]
 ) -> tuple[BatchingPredictor, list[Future[Detections]]]:
-    """Asks for all at once: the device is held until every image waits."""
+    """Ask for all images at once: the device is busy until every image waits."""
     held = threading.Lock()
     held.acquire()
     predictor = BatchingPredictor(detector, device_lock=held)

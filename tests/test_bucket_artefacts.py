@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -121,10 +122,37 @@ def test_existing_half_upload_is_no_version_until_sweep_deletes_it(
     for ask in (store.check, store.existing):
         with pytest.raises(VersionMissing, match=f"version v2 is not in {url}"):
             ask(KEY, "v2")
-    store.sweep()
+    store.sweep(KEY)
     assert f"projects/{KEY}/v2/model.safetensors" in _objects(url), "it may be going on"
-    BucketArtefactStore(url, tmp_path, abandoned_after=FUTURE).sweep()
+    BucketArtefactStore(url, tmp_path, abandoned_after=FUTURE).sweep(KEY)
     assert {path.split("/")[2] for path in _objects(url)} == {"v1"}
+
+
+def test_remove_unrecorded_deletes_whole_and_half_uploads_without_a_record(
+    url: str, tmp_path: Path
+) -> None:
+    before = datetime.now(UTC) - timedelta(minutes=1)
+    killed = BucketArtefactStore(url, tmp_path / "killed")
+    for version in ("v1", "v2"):
+        killed.publish(KEY, version, _write, {})
+    half = f"{url}/projects/{KEY}/v3/model.safetensors"
+    s3fs.S3FileSystem().pipe_file(half, b"weights")
+    store = BucketArtefactStore(url, tmp_path / "one")
+    assert store.remove_unrecorded(KEY, {"v1"}, before) == ["v2", "v3"]
+    assert {path.split("/")[2] for path in _objects(url)} == {"v1"}
+    killed.sweep(KEY)
+    assert _cached(killed) == ["v1"]
+
+
+def test_remove_unrecorded_bucket_unreachable_raises_and_deletes_nothing(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = BucketArtefactStore(url, tmp_path)
+    store.publish(KEY, "v1", _write, {})
+    _cut_off(monkeypatch)
+    with pytest.raises(StoreUnavailable, match="cannot be reached"):
+        store.remove_unrecorded(KEY, set(), datetime.now(UTC) - timedelta(minutes=1))
+    assert _cached(store) == ["v1"]
 
 
 def test_existing_damaged_file_in_the_bucket_is_refused(url: str, tmp_path: Path) -> None:
@@ -140,6 +168,7 @@ DIES_AT_EACH_STEP = """
 import os
 import signal
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import s3fs
@@ -216,11 +245,11 @@ def test_publish_killed_at_any_step_leaves_no_version_or_a_whole_one(
     # The upload of the manifest decides: before it nothing is seen, and afterwards everything.
     assert 1 < len(whole) < last
     assert whole == list(range(whole[0], last + 1))
-    other.sweep()
+    other.sweep(KEY)
     assert {path.split("/")[2] for path in _objects(url)} == {f"v{step}" for step in whole}
     # The host that was killed goes on with what it had.
     again = BucketArtefactStore(url, tmp_path / "killed")
-    again.sweep()
+    again.sweep(KEY)
     for step in whole:
         again.existing(KEY, f"v{step}")
     assert list(again.folder(KEY, "any").parent.glob(".*")) == []
@@ -251,11 +280,11 @@ def test_remove_bucket_unreachable_is_made_up_for_by_the_next_sweep(
         store.publish(KEY, version, _write, {})
     _cut_off(monkeypatch)
     store.remove(KEY, "v1")
-    store.sweep()
+    store.sweep(KEY)
     assert _cached(store) == ["v2"]
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
     s3fs.S3FileSystem.clear_instance_cache()
-    store.sweep()
+    store.sweep(KEY)
     assert {path.split("/")[2] for path in _objects(url)} == {"v2"}
     assert list(store.folder(KEY, "any").parent.glob(".*")) == []
 

@@ -1,4 +1,4 @@
-"""`ml-backend`: what people wrote is shown as they wrote it, and what is wrong in one line."""
+"""Test `ml-backend`: texts of users are shown unchanged, and failures are said in one line."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ from ml_backend.demo.label_studio_server import free_port
 from ml_backend.demo.project import LABEL_CONFIG
 from ml_backend.detection.detector import Detector
 from ml_backend.detection.presets import preset_named
+from ml_backend.reasons import Code, reason
 from ml_backend.settings import load_settings
 from ml_backend.store.tables import Job, Project
 from ml_backend.training.promotion import Verdict
+from ml_backend.wording import words
 from ml_backend.worker.processes import die_with_parent
-from tests.conftest import capture, make_live
+from tests.conftest import capture, make_live, record_version
 
 KEY, OTHER = "1.1795463889", "1.1577836800"
 LABELS = ("Circle", "Square", "Triangle")
@@ -33,7 +35,7 @@ HOSTILE = "Cats [/done] [bold]all[/] [red :cat: \\"
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a command ended."""
+    """Holds status and output of a command that has ended."""
 
     status: int
     out: str
@@ -45,7 +47,7 @@ Run = Callable[..., Ended]
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the console script on a `MODEL_DIR` of its own."""
+    """Makes a function that runs the console script on a `MODEL_DIR` of its own."""
 
     def command(*arguments: str, **settings: str) -> Ended:
         values = {
@@ -69,7 +71,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 @pytest.fixture
 def backend(tmp_path: Path) -> Backend:
-    """What the commands find."""
+    """Makes the backend that the commands find."""
     return Backend(load_settings({"MODEL_DIR": str(tmp_path / "state")}))
 
 
@@ -84,19 +86,27 @@ def _live(backend: Backend) -> dict[str, str | None]:
         return {p.key: p.live_version for p in session.query(Project)}
 
 
-# What people wrote
+# Texts of users
 
 
-def test_what_people_wrote_is_shown_as_they_wrote_it(run: Run, backend: Backend) -> None:
+def test_status_and_versions_texts_of_users_are_shown_unchanged(run: Run, backend: Backend) -> None:
     _learn(backend, "v1")
     project = backend.ingest.introduce(KEY, 1, label_config=LABEL_CONFIG)
     card: dict[str, Any] = {
         "data": {"tasks": 5, "boxes": {}},
         "metrics": {"map50": 0.5, "map50_interval": {"low": 0.4, "high": 0.6}},
     }
-    reason = f"not promoted: {HOSTILE} falls by 0.20"
-    verdict = Verdict(promote=False, reason=reason)
-    backend.versions.record(project.id, "v2", card, verdict, parent="v1", revision=1)
+    change = {"live": "v1", "delta": 0.1, "low": 0.0, "high": 0.2}
+    falls = reason(Code.LABEL_FALLS, label=HOSTILE, fall=0.2, **change)
+    record_version(
+        backend.versions,
+        backend.database,
+        project.id,
+        "v2",
+        card,
+        Verdict(promote=False, reason=falls),
+        parent="v1",
+    )
     with backend.database.session() as session:
         session.get_one(Project, project.id).title = HOSTILE
         session.add(
@@ -105,7 +115,7 @@ def test_what_people_wrote_is_shown_as_they_wrote_it(run: Run, backend: Backend)
                 kind="train",
                 state="failed",
                 trigger="button",
-                reason=HOSTILE,
+                reason=reason(Code.UNEXPECTED_ERROR, detail=HOSTILE),
             )
         )
     status = run("status")
@@ -114,7 +124,15 @@ def test_what_people_wrote_is_shown_as_they_wrote_it(run: Run, backend: Backend)
     assert f"train 1: failed: {HOSTILE}" in status.out
     versions = run("versions", "-p", "1")
     assert versions.status == 0
-    assert reason in versions.out
+    assert f"not promoted: {HOSTILE} falls by 0.20" in versions.out
+    (second, _) = json.loads(run("versions", "-p", "1", "--json").out)
+    assert second["reason"] == words(falls)
+    assert second["reason_code"] == Code.LABEL_FALLS
+    assert second["reason_values"] == falls.values
+    ((job, *_),) = (p["jobs"] for p in json.loads(run("status", "--json").out))
+    assert job["reason"] == HOSTILE
+    assert job["reason_code"] == Code.UNEXPECTED_ERROR
+    assert job["reason_values"] == {"detail": HOSTILE}
 
 
 @pytest.mark.parametrize(
@@ -136,7 +154,7 @@ def test_what_people_wrote_is_shown_as_they_wrote_it(run: Run, backend: Backend)
         (["simulate", ".", "--strategies", "[/foo]"], {}, 2, "there is no strategy '[/foo]'"),
     ],
 )
-def test_what_is_wrong_is_named_as_it_was_written(
+def test_command_wrong_value_is_named_as_it_was_written(
     run: Run,
     backend: Backend,
     arguments: list[str],
@@ -150,7 +168,7 @@ def test_what_is_wrong_is_named_as_it_was_written(
     assert said in ended.out + ended.err
 
 
-# What is wrong around it
+# Faults outside the program
 
 
 @pytest.mark.parametrize(
@@ -170,7 +188,7 @@ def test_what_is_wrong_is_named_as_it_was_written(
     ],
 )
 @pytest.mark.parametrize("command", ["status", "worker", "serve"])
-def test_what_cannot_be_used_is_named_in_one_line(
+def test_command_unusable_folder_or_database_is_named_in_one_line(
     run: Run, tmp_path: Path, command: str, settings: dict[str, str], status: int, said: str
 ) -> None:
     (tmp_path / "a-file").write_text("")
@@ -181,7 +199,7 @@ def test_what_cannot_be_used_is_named_in_one_line(
     assert "s3cret" not in ended.out + ended.err
 
 
-def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path) -> None:
+def test_status_forbidden_folder_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "state"
     folder.mkdir()
     folder.chmod(0o500)
@@ -205,18 +223,20 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path) -> None:
     assert "Traceback" not in ended.stderr
 
 
-def test_a_training_that_was_asked_for_without_redis_is_kept(run: Run, backend: Backend) -> None:
+def test_train_without_a_worker_is_kept_in_the_queue(run: Run, backend: Backend) -> None:
     _learn(backend, "v1")
-    project = backend.ingest.introduce(KEY, 1, label_config=LABEL_CONFIG)
     for number in (1, 2):
         _annotate(backend, number)
-    ended = run("train", "-p", KEY, QUEUE_URL=f"redis://127.0.0.1:{free_port()}/0")
-    assert ended.status == 1, ended
-    assert "QUEUE_URL: Redis cannot be used" in ended.err
-    assert len(ended.err.splitlines()) == 1
-    with backend.database.reading() as session:
-        (job,) = session.query(Job).filter_by(project_id=project.id)
+    ended = run("train", "-p", KEY, "--json")
+    assert ended.status == 0, ended
+    asked = json.loads(ended.out)
+    assert (asked["state"], asked["reason"]) == ("queued", "asked for, with 2 annotated tasks")
+    assert asked["reason_code"] == Code.ASKED_FOR
+    assert asked["reason_values"] == {"annotated": 2}
+    job = backend.jobs.get(asked["job"])
+    assert job is not None
     assert (job.kind, job.state) == ("train", "queued")
+    assert backend.jobs.claim(job.id, job.run, "here") is not None
 
 
 def _annotate(backend: Backend, number: int) -> None:
@@ -230,7 +250,7 @@ def _annotate(backend: Backend, number: int) -> None:
     backend.ingest.apply(event, event.project)
 
 
-def test_a_database_of_a_newer_release_is_left_alone(run: Run, backend: Backend) -> None:
+def test_command_database_of_a_newer_release_is_left_alone(run: Run, backend: Backend) -> None:
     with backend.database.engine.begin() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
     for command in ("status", "serve"):
@@ -241,7 +261,7 @@ def test_a_database_of_a_newer_release_is_left_alone(run: Run, backend: Backend)
         assert "install the release that wrote it" in line
 
 
-def test_a_live_version_that_cannot_be_loaded_is_found(run: Run, backend: Backend) -> None:
+def test_doctor_damaged_live_version_is_found(run: Run, backend: Backend) -> None:
     _learn(backend, "v1")
     _learn(backend, "v2")
     assert f"project {KEY}: v2 loads" in run("doctor").out
@@ -253,7 +273,7 @@ def test_a_live_version_that_cannot_be_loaded_is_found(run: Run, backend: Backen
     assert f"`ml-backend rollback -p {KEY}`" in said.out
 
 
-def test_a_fault_of_our_own_is_not_hidden(
+def test_command_fault_of_the_program_is_raised(
     run: Run, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:
@@ -274,11 +294,11 @@ def test_a_fault_of_our_own_is_not_hidden(
         ("ML_BACKEND_WEIGHTS", "a-file"),
     ],
 )
-def test_a_detector_that_could_not_be_trained_stops_the_start(
+def test_serve_and_worker_unusable_detector_stops_the_start(
     tmp_path: Path, command: str, name: str, value: str
 ) -> None:
     (tmp_path / "a-file").write_text("no weights")
-    # A process of its own: where the setting were taken, it would go on for ever.
+    # A process of its own: if the setting were accepted, it would go on for ever.
     ended = subprocess.run(
         [sys.executable, "-m", "ml_backend.cli", command],
         env={
@@ -291,7 +311,7 @@ def test_a_detector_that_could_not_be_trained_stops_the_start(
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         preexec_fn=die_with_parent,
     )
     assert ended.returncode == 2, ended.stderr
@@ -299,7 +319,42 @@ def test_a_detector_that_could_not_be_trained_stops_the_start(
     assert f"wrong setting: {name}: " in ended.stderr
 
 
-def test_gunicorn_alone_says_a_wrong_setting_in_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["serve", "worker"])
+def test_serve_and_worker_broken_extension_of_another_package_stops_the_start(
+    tmp_path: Path, command: str
+) -> None:
+    metadata = tmp_path / "site" / "their_controls-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: their-controls\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text(
+        "[ml_backend.controls]\ncircle = their_controls:Circle\n"
+    )
+    (tmp_path / "site" / "their_controls.py").write_text("raise RuntimeError('no licence')\n")
+    path = [str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")]
+    # A process of its own: if the fault were not noticed, it would go on for ever.
+    ended = subprocess.run(
+        [sys.executable, "-m", "ml_backend.cli", command],
+        env={
+            **os.environ,
+            "MODEL_DIR": str(tmp_path / "state"),
+            "PORT": str(free_port()),
+            "ML_BACKEND_DEVICE": "cpu",
+            "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        },
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=die_with_parent,
+    )
+    assert ended.returncode == 1, ended.stderr
+    assert ended.stderr == (
+        "error: the control 'circle' of the package their-controls cannot be imported from "
+        "their_controls:Circle (no licence): repair the package, or uninstall it\n"
+    )
+
+
+def test_gunicorn_alone_wrong_setting_is_named_in_one_line(tmp_path: Path) -> None:
     config = Path(__file__).parents[1] / "config/gunicorn.conf.py"
     ended = subprocess.run(
         [sys.executable, "-m", "gunicorn", "--config", str(config), "x:y"],
@@ -317,9 +372,7 @@ def test_gunicorn_alone_says_a_wrong_setting_in_one_line(tmp_path: Path) -> None
 # Which project
 
 
-def test_a_project_is_named_by_its_id_or_where_that_is_not_clear_by_its_key(
-    run: Run, backend: Backend
-) -> None:
+def test_command_project_id_of_two_label_studios_needs_the_key(run: Run, backend: Backend) -> None:
     for key in (KEY, OTHER):
         for name in ("v1", "v2"):
             _learn(backend, name, key)

@@ -1,4 +1,4 @@
-"""Detectors: built, saved, given other labels, and filled with weights."""
+"""Build, save and load detectors, change their labels, and fill them with weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ml_backend.serving.own_device import own_device
 CPU = torch.device("cpu")
 LABELS = ("car", "person", "valve")
 MINE = replace(TINY, name="mine", min_size=96, max_size=160)
-"""A preset that somebody declares elsewhere: found by its import path."""
+"""A preset outside of this program, which its import path names."""
 SLASHED = replace(MINE, name="my/own")
 
 
@@ -107,7 +107,7 @@ def test_predict_any_size_boxes_are_in_pixels_of_the_image_and_sorted() -> None:
 
 
 def _logits(detector: Detector) -> dict[str, torch.Tensor]:
-    """Raw class outputs of one image, by label: before any threshold or suppression."""
+    """Compute the raw class outputs of one image by label, before any threshold or suppression."""
     features = detector.module.backbone(torch.full((1, 3, 96, 96), 0.3))  # type: ignore[operator]
     with torch.inference_mode():
         out = detector.module.head(list(features.values()))["cls_logits"]  # type: ignore[operator]
@@ -130,7 +130,7 @@ def test_fcos_shufflenet_new_module_has_a_gradient_on_every_side(seed: int) -> N
     torch.manual_seed(seed)
     head = fcos_shufflenet(3).get_submodule("head.regression_head")
     distances, _ = head([torch.rand(2, 64, 12, 16)])
-    # No gradient reaches a distance of nought.
+    # No gradient reaches a distance of 0.
     assert (distances > 0).float().mean(dim=(0, 1)).min() > 0.9
 
 

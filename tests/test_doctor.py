@@ -1,4 +1,4 @@
-"""Where the doctor looks for the server."""
+"""Test where the doctor looks for the server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KEY = "1.1795463889"
 
 @pytest.fixture
 def address() -> Iterator[str]:
-    """Where something answers `GET /health`."""
+    """Runs a server that answers `GET /health`; gives its address."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -51,7 +51,7 @@ def _look(
             Examined(
                 backend.settings,
                 backend.database,
-                backend.registry,
+                backend.artefacts,
                 backend.label_studios,
                 number,
             )

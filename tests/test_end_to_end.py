@@ -183,7 +183,7 @@ def training_processes(backend: RunningBackend) -> list[psutil.Process]:
     return [
         child
         for child in psutil.Process(backend.pid).children(recursive=True)
-        if "ml_backend.programs.train" in child.cmdline()
+        if {"ml_backend.programs.job", "train"} <= set(child.cmdline())
     ]
 
 

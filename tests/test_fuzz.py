@@ -24,7 +24,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from tests.conftest import CAPTURES, capture
-from tests.test_http import DOORS, Served
+from tests.test_http import ENDPOINTS, Served
 
 pytestmark = pytest.mark.slow
 
@@ -64,10 +64,10 @@ def test_openapi_names_every_endpoint(served: Served) -> None:
     answer = served.client.get("/openapi.json")
     assert answer.json is not None
     found = {(method.upper(), path) for path, of in answer.json["paths"].items() for method in of}
-    assert found == DOORS
+    assert found == ENDPOINTS
 
 
-@pytest.mark.parametrize(("method", "path"), sorted(DOORS))
+@pytest.mark.parametrize(("method", "path"), sorted(ENDPOINTS))
 def test_endpoint_generated_request_answers_as_described(
     described: Any, method: str, path: str
 ) -> None:

@@ -1,4 +1,4 @@
-"""The doors, as Label Studio knocks on them: recorded requests, wrong ones, hostile ones."""
+"""Test the endpoints with recorded requests of Label Studio, wrong ones and hostile ones."""
 
 from __future__ import annotations
 
@@ -22,18 +22,21 @@ from werkzeug.test import TestResponse
 from ml_backend.backend import Backend
 from ml_backend.detection.detector import Detector
 from ml_backend.detection.presets import preset_named
+from ml_backend.extensions import CONTROLS, ExtensionError
 from ml_backend.http.app import create_app
 from ml_backend.projects.connect import SECRET_HEADER
+from ml_backend.reasons import Code
 from ml_backend.settings import load_settings
 from ml_backend.store.tables import Job, Project
 from tests.conftest import CAPTURES, capture, make_live, wait_for
+from tests.extension import install_extension
 
 KEY = "1.1795463889"
 CONFIG: str = capture("POST_setup")["schema"]
 LABELS = ("RBC", "WBC", "Platelets")
 NOTHING = '<View><Text name="t" value="$text"/></View>'
 CPU = torch.device("cpu")
-DOORS = {
+ENDPOINTS = {
     ("GET", "/"),
     ("GET", "/health"),
     ("GET", "/versions"),
@@ -50,14 +53,14 @@ DOORS = {
 }
 READING = sorted(
     path
-    for method, path in DOORS
+    for method, path in ENDPOINTS
     if method == "POST" and path not in ("/duplicate_model", "/delete")
 )
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """The detectors are tiny: more threads would only wait for each other."""
+    """Limits PyTorch to one thread: with tiny detectors, more would only wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -65,7 +68,7 @@ def _one_thread() -> Iterator[None]:
 
 
 class Served:
-    """The application on a folder of its own, asked without a network."""
+    """Runs the application on a folder of its own; requests reach it without a network."""
 
     def __init__(self, folder: Path, **settings: str) -> None:
         self.backend = Backend(
@@ -88,13 +91,13 @@ class Served:
         self.backend.database.close()
 
     def post(self, path: str, body: object, **headers: str) -> TestResponse:
-        """POST of JSON."""
+        """Sends POST of JSON."""
         return self.client.post(path, json=body, headers=headers)
 
     def predict(
         self, tasks: Sequence[Mapping[str, Any]], *, config: str = CONFIG, key: str = KEY
     ) -> list[Any]:
-        """What `/predict` answers for tasks: as many results as tasks."""
+        """Sends tasks to `/predict`; answers the results, as many as tasks."""
         body = {"tasks": tasks, "project": key, "label_config": config}
         answer = self.post("/predict", body)
         assert answer.status_code == 200, answer.text
@@ -103,7 +106,7 @@ class Served:
         return results
 
     def version(self, *, key: str = KEY, config: str = CONFIG) -> str:
-        """What `/setup` answers."""
+        """Reads the version that `/setup` answers."""
         answer = self.post("/setup", {"project": key, "schema": config})
         assert answer.status_code == 200, answer.text
         assert answer.json is not None
@@ -111,17 +114,17 @@ class Served:
         return version
 
     def project(self, *, key: str = KEY) -> Project:
-        """A project that is known."""
+        """Reads the row of a known project."""
         with self.backend.database.reading() as session:
             return session.scalars(select(Project).where(Project.key == key)).one()
 
     def jobs(self, kind: str) -> list[Job]:
-        """Its jobs of a kind."""
+        """Reads the jobs of a kind."""
         with self.backend.database.reading() as session:
             return list(session.scalars(select(Job).where(Job.kind == kind).order_by(Job.id)))
 
     def metric(self, name: str, **labels: str) -> float:
-        """The sum of what `/metrics` tells under a name and labels."""
+        """Sums the samples of `/metrics` with a name and labels."""
         answer = self.client.get("/metrics")
         assert answer.status_code == 200, answer.text
         return sum(
@@ -140,7 +143,7 @@ class Served:
         boxes: Mapping[str, int] | None = None,
         threshold: float = 0.0,
     ) -> Path:
-        """Makes a version live, as a training does; answers where its artefact lies."""
+        """Makes a version live, as a training does; answers the folder of its artefact."""
         torch.manual_seed(seed)
         detector = Detector.pretrained(preset_named("tiny", CPU), LABELS, "none", CPU)
         detector.thresholds = dict.fromkeys(LABELS, threshold)
@@ -152,7 +155,7 @@ Serve = Callable[..., Served]
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Serve]:
-    """Makes applications; all end with the test."""
+    """Makes a function that makes applications; all end with the test."""
     made: list[Served] = []
 
     def make(**settings: str) -> Served:
@@ -166,13 +169,13 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
 
 @pytest.fixture
 def served(serve: Serve) -> Served:
-    """An application with default settings."""
+    """Makes an application with default settings."""
     return serve()
 
 
 @pytest.fixture(scope="module")
 def unmoved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """An application for requests that must leave nothing behind: one for all of them."""
+    """Makes one application for all requests that must leave nothing behind."""
     served = Served(tmp_path_factory.mktemp("unmoved"))
     yield served
     with served.backend.database.reading() as session:
@@ -181,7 +184,7 @@ def unmoved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 def _image(seed: int = 0) -> str:
-    """An image of noise, in which an untrained detector finds something everywhere."""
+    """Makes an image of noise, in which an untrained detector finds something everywhere."""
     pixels = np.random.default_rng(seed).integers(0, 255, (48, 64, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
@@ -206,7 +209,7 @@ def _annotated(number: int, *, key_time: str | None = None) -> dict[str, Any]:
 
 
 def _error(answer: TestResponse) -> str:
-    """The message of an error: JSON, and in short the reason phrase too."""
+    """Reads the message of an error: whole in the JSON body, shortened in the reason phrase."""
     assert answer.json is not None, answer.text
     assert set(answer.json) == {"error"}
     message: str = answer.json["error"]
@@ -219,24 +222,35 @@ def _error(answer: TestResponse) -> str:
 # Recorded requests
 
 
-def test_the_list_of_doors_is_whole(served: Served) -> None:
+def test_create_app_registers_the_listed_endpoints(served: Served) -> None:
     found = {
         (method, rule.rule)
         for rule in served.app.url_map.iter_rules()
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
         if rule.endpoint != "static"
     }
-    assert found == DOORS
+    assert found == ENDPOINTS
+
+
+def test_create_app_broken_extension_of_another_package_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site"
+    install_extension(CONTROLS, "circle", "no_such_package:Circle", site, monkeypatch)
+    with pytest.raises(ExtensionError, match=r"control 'circle' of the package circle cannot be"):
+        Served(tmp_path / "state")
 
 
 @pytest.mark.parametrize("path", ["/health", "/"])
-def test_it_says_that_it_is_up(served: Served, path: str) -> None:
+def test_health_running_server_is_up(served: Served, path: str) -> None:
     answer = served.client.get(path)
     assert answer.status_code == 200
     assert answer.json == {"status": "UP", "model_class": "ml_backend"}
 
 
-def test_recorded_setup_and_predict_get_the_same_version_and_empty_lists(served: Served) -> None:
+def test_setup_and_predict_recorded_untrained_answer_the_same_version_and_empty_lists(
+    served: Served,
+) -> None:
     answer = served.post("/setup", capture("POST_setup"))
     assert answer.status_code == 200
     assert answer.json == {"model_version": "untrained"}
@@ -250,13 +264,13 @@ def test_recorded_setup_and_predict_get_the_same_version_and_empty_lists(served:
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CAPTURES.glob("POST_webhook_*.json")))
-def test_every_recorded_webhook_is_taken(served: Served, name: str) -> None:
+def test_webhook_recorded_is_taken(served: Served, name: str) -> None:
     answer = served.post("/webhook", capture(name))
     assert answer.status_code == 200, answer.text
     assert served.project().heard_at is not None
 
 
-def test_webhooks_say_what_they_changed(served: Served) -> None:
+def test_webhook_answers_how_many_annotations_changed(served: Served) -> None:
     created = capture("POST_webhook_ANNOTATION_CREATED")
     assert served.post("/webhook", created).json == {"status": "stored", "changed": 1}
     assert served.post("/webhook", created).json == {"status": "stored", "changed": 0}
@@ -264,41 +278,50 @@ def test_webhooks_say_what_they_changed(served: Served) -> None:
     assert served.post("/webhook", deleted).json == {"status": "stored", "changed": 1}
 
 
-def test_other_actions_are_ignored(served: Served) -> None:
+def test_webhook_other_action_is_ignored(served: Served) -> None:
     answer = served.post("/webhook", {"action": "LABEL_LINK_CREATED"})
     assert answer.status_code == 200
     assert answer.json == {"status": "ignored", "action": "LABEL_LINK_CREATED"}
 
 
-def test_start_training_starts_once_and_tells_how_it_is_doing(served: Served) -> None:
+def test_start_training_twice_makes_one_job_and_job_status_tells_its_reason(served: Served) -> None:
     refused = served.post("/webhook", capture("POST_webhook_START_TRAINING"))
     assert refused.status_code == 200
     assert refused.json is not None
     assert refused.json["status"] == "refused"
     assert "at least 2 annotated tasks and there are none" in refused.json["reason"]
+    assert refused.json["reason_code"] == Code.TOO_FEW_ANNOTATED
+    assert refused.json["reason_values"] == {"annotated": 0, "needed": 2}
 
     served.post("/webhook", capture("POST_webhook_ANNOTATIONS_CREATED"))
     queued = served.post("/webhook", capture("POST_webhook_START_TRAINING")).json
     assert queued is not None
     assert (queued["status"], queued["reason"]) == ("queued", "asked for, with 3 annotated tasks")
+    assert queued["reason_code"] == Code.ASKED_FOR
+    assert queued["reason_values"] == {"annotated": 3}
     again = served.post("/train", {"project": 1})
     assert again.status_code == 201
     assert again.json == queued
-    assert len(served.backend.tasks.queue) == 1
+    job = served.backend.jobs.get(queued["job"])
+    assert job is not None
+    # One run of it is in the queue.
+    assert job.run == 1
 
     for number in (queued["job"], str(queued["job"])):
         told = served.post("/job_status", {"job": number})
         assert told.status_code == 200
         assert told.json is not None
         assert (told.json["job"], told.json["kind"]) == (queued["job"], "train")
-        assert (told.json["job_status"], told.json["reason"]) == ("queued", queued["reason"])
+        assert told.json["job_status"] == "queued"
+        for field in ("reason", "reason_code", "reason_values"):
+            assert told.json[field] == queued[field]
     assert served.metric("ml_backend_jobs", kind="train", state="queued") == 1
     assert served.metric("ml_backend_jobs", kind="train", state="refused") == 1
 
 
 @pytest.mark.parametrize("name", [KEY, "1", 1])
-def test_train_takes_a_key_or_an_id(served: Served, name: str | int) -> None:
-    served.post("/setup", capture("POST_setup"))
+def test_train_key_or_id_finds_the_project(served: Served, name: str | int) -> None:
+    assert served.version() == "untrained"
     answer = served.post("/train", {"project": name})
     assert answer.status_code == 409
     assert answer.json is not None
@@ -307,8 +330,23 @@ def test_train_takes_a_key_or_an_id(served: Served, name: str | int) -> None:
     assert served.post("/train", {"project": name}).status_code == 201
 
 
+def test_train_too_few_known_annotations_and_label_studio_can_be_asked_starts_a_training(
+    served: Served,
+) -> None:
+    # It brings an address and a token, with which the training reads back first.
+    served.post("/setup", capture("POST_setup"))
+    answer = served.post("/train", {"project": KEY})
+    assert answer.status_code == 201
+    assert answer.json is not None
+    assert answer.json["status"] == "queued"
+    assert (answer.json["reason_code"], answer.json["reason_values"]) == (
+        Code.ASKED_FOR,
+        {"annotated": 0},
+    )
+
+
 @pytest.mark.parametrize("path", ["/setup", "/predict"])
-def test_project_named_by_its_id_alone_is_the_known_one_and_makes_no_second(
+def test_setup_and_predict_id_alone_means_the_known_project_and_make_no_second(
     served: Served, path: str
 ) -> None:
     served.post("/webhook", capture("POST_webhook_ANNOTATIONS_CREATED"))
@@ -321,7 +359,7 @@ def test_project_named_by_its_id_alone_is_the_known_one_and_makes_no_second(
 
 
 @pytest.mark.parametrize("path", ["/setup", "/predict"])
-def test_project_named_by_the_id_of_several_label_studios_is_refused_with_their_keys(
+def test_setup_and_predict_id_of_several_label_studios_is_refused_with_their_keys(
     served: Served, path: str
 ) -> None:
     other = "1.1577836800"
@@ -333,7 +371,7 @@ def test_project_named_by_the_id_of_several_label_studios_is_refused_with_their_
     assert f"{KEY}, {other}" in _error(answer)
 
 
-def test_validate_names_the_labels(served: Served) -> None:
+def test_validate_usable_config_answers_its_labels(served: Served) -> None:
     for field in ("label_config", "config"):
         answer = served.post("/validate", {field: CONFIG})
         assert answer.status_code == 200
@@ -341,7 +379,7 @@ def test_validate_names_the_labels(served: Served) -> None:
 
 
 @pytest.mark.parametrize("path", ["/duplicate_model", "/delete"])
-def test_duplicating_and_deleting_change_nothing(served: Served, path: str) -> None:
+def test_duplicate_model_and_delete_change_nothing(served: Served, path: str) -> None:
     served.learn("v1")
     answer = served.post(path, {"project": KEY})
     assert answer.status_code == 200
@@ -350,7 +388,7 @@ def test_duplicating_and_deleting_change_nothing(served: Served, path: str) -> N
     assert served.version() == "v1"
 
 
-def test_versions_are_listed_live_ones_first(served: Served) -> None:
+def test_versions_lists_live_ones_first(served: Served) -> None:
     assert served.client.get("/versions").json == {"versions": ["untrained"]}
     for name in ("v1", "v2", "v3", "v4"):
         served.learn(name)
@@ -360,12 +398,12 @@ def test_versions_are_listed_live_ones_first(served: Served) -> None:
     assert served.client.get("/versions").json == {"versions": ["v1", "v4", "v3"]}
 
 
-def test_metrics_tell_how_good_the_live_version_is(served: Served) -> None:
+def test_metrics_live_version_shows_its_ap50(served: Served) -> None:
     served.learn("v1")
     assert served.metric("ml_backend_live_ap50", project=KEY, version="v1") == 0.5
 
 
-def test_metrics_count_requests_and_webhooks(served: Served) -> None:
+def test_metrics_webhook_is_counted(served: Served) -> None:
     def count() -> tuple[float, float]:
         return (
             served.metric("ml_backend_webhooks_total", action="TASKS_DELETED"),
@@ -379,7 +417,7 @@ def test_metrics_count_requests_and_webhooks(served: Served) -> None:
     assert count() == (before[0] + 1, before[1] + 1)
 
 
-# Requests that are wrong
+# Wrong requests
 
 
 @pytest.mark.parametrize(
@@ -390,7 +428,7 @@ def test_metrics_count_requests_and_webhooks(served: Served) -> None:
         ("/validate", {"label_config": NOTHING}),
     ],
 )
-def test_with_nothing_to_detect_an_admin_reads_what_is_missing(
+def test_label_config_nothing_to_detect_is_refused_with_what_is_missing(
     served: Served, path: str, body: dict[str, Any]
 ) -> None:
     answer = served.post(path, body)
@@ -419,7 +457,7 @@ def test_with_nothing_to_detect_an_admin_reads_what_is_missing(
     ],
     ids=lambda content: repr(content[:12]),
 )
-def test_a_body_that_is_no_json_object_is_refused(
+def test_endpoint_body_is_no_json_object_is_refused(
     unmoved: Served, path: str, content: bytes
 ) -> None:
     for kind in ("application/json", "text/plain"):
@@ -483,7 +521,9 @@ def test_a_body_that_is_no_json_object_is_refused(
         ("/train", {"project": -7}, "project"),
     ],
 )
-def test_a_wrong_field_is_named(unmoved: Served, path: str, body: object, named: str) -> None:
+def test_endpoint_wrong_field_is_named(
+    unmoved: Served, path: str, body: object, named: str
+) -> None:
     answer = unmoved.post(path, body)
     assert 400 <= answer.status_code < 500, answer.text
     assert named in _error(answer)
@@ -512,7 +552,7 @@ def test_a_wrong_field_is_named(unmoved: Served, path: str, body: object, named:
         (("project", "label_config"), "\udfff", "Unicode"),
     ],
 )
-def test_a_wrong_field_of_a_webhook_is_named_and_nothing_is_stored(
+def test_webhook_wrong_field_is_named_and_nothing_is_stored(
     unmoved: Served, where: tuple[str, ...], value: object, named: str
 ) -> None:
     body = capture("POST_webhook_ANNOTATION_CREATED")
@@ -527,13 +567,13 @@ def test_a_wrong_field_of_a_webhook_is_named_and_nothing_is_stored(
         assert session.scalars(select(Project)).all() == []
 
 
-def test_a_webhook_of_any_action_leaves_the_metrics_readable(served: Served) -> None:
+def test_webhook_any_action_leaves_metrics_readable(served: Served) -> None:
     for action in ("\ud800", 'a"b\nc', "x" * 10_000):
         assert served.post("/webhook", {"action": action}).status_code < 500
     assert served.metric("ml_backend_webhooks_total") > 0
 
 
-def test_an_unknown_path_or_method_is_told_in_json(served: Served) -> None:
+def test_unknown_path_or_method_is_answered_in_json(served: Served) -> None:
     missing = served.client.get("/nothing")
     assert missing.status_code == 404
     _error(missing)
@@ -543,7 +583,7 @@ def test_an_unknown_path_or_method_is_told_in_json(served: Served) -> None:
     _error(wrong)
 
 
-def test_a_body_over_the_limit_is_refused(serve: Serve) -> None:
+def test_endpoint_body_over_the_limit_is_refused(serve: Serve) -> None:
     served = serve(ML_BACKEND_MAX_REQUEST_BYTES="2000")
     small = {"tasks": [_task(1, "x")], "project": KEY, "label_config": CONFIG}
     assert served.post("/predict", small).status_code == 200
@@ -554,10 +594,10 @@ def test_a_body_over_the_limit_is_refused(serve: Serve) -> None:
     assert served.client.get("/health").status_code == 200
 
 
-# Who may ask
+# Authentication
 
 
-def test_basic_authentication_guards_all_but_health(serve: Serve) -> None:
+def test_basic_authentication_wrong_credentials_are_refused_except_by_health(serve: Serve) -> None:
     served = serve(BASIC_AUTH_USER="ann", BASIC_AUTH_PASS="sesame")
     assert served.client.get("/health").status_code == 200
     wrong: list[dict[str, str]] = [
@@ -571,7 +611,7 @@ def test_basic_authentication_guards_all_but_health(serve: Serve) -> None:
         {"Authorization": "Token"},
         {SECRET_HEADER: ""},
     ]
-    for method, path in [*sorted(DOORS - {("GET", "/health")}), ("GET", "/nothing")]:
+    for method, path in [*sorted(ENDPOINTS - {("GET", "/health")}), ("GET", "/nothing")]:
         for headers in wrong:
             answer = served.client.open(path, method=method, headers=headers, json={})
             assert answer.status_code == 401, (path, headers)
@@ -584,7 +624,7 @@ def test_basic_authentication_guards_all_but_health(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("charset", ["utf-8", "latin-1"])
-def test_credentials_are_right_in_either_charset(serve: Serve, charset: str) -> None:
+def test_basic_authentication_either_charset_is_accepted(serve: Serve, charset: str) -> None:
     served = serve(BASIC_AUTH_USER="änn", BASIC_AUTH_PASS="pa:ss wörd")
     right = {"Authorization": _basic("änn", "pa:ss wörd", charset)}
     assert served.client.get("/versions", headers=right).status_code == 200
@@ -596,7 +636,7 @@ def _basic(user: str, password: str, charset: str = "utf-8") -> str:
     return "Basic " + base64.b64encode(f"{user}:{password}".encode(charset)).decode()
 
 
-def test_a_webhook_needs_the_right_secret(serve: Serve) -> None:
+def test_webhook_wrong_secret_is_refused_and_nothing_is_stored(serve: Serve) -> None:
     served = serve(ML_BACKEND_WEBHOOK_SECRET="s3cret")
     body = capture("POST_webhook_ANNOTATION_CREATED")
     wrong: list[dict[str, str]] = [
@@ -613,11 +653,11 @@ def test_a_webhook_needs_the_right_secret(serve: Serve) -> None:
         assert session.scalars(select(Project)).all() == []
     answer = served.client.post("/webhook", json=body, headers={SECRET_HEADER: "s3cret"})
     assert answer.json == {"status": "stored", "changed": 1}
-    # The other doors do not ask for it.
+    # The other endpoints do not ask for it.
     assert served.post("/setup", capture("POST_setup")).status_code == 200
 
 
-def test_the_secret_opens_the_webhook_and_no_other_door(serve: Serve) -> None:
+def test_webhook_secret_is_good_for_no_other_endpoint(serve: Serve) -> None:
     served = serve(
         ML_BACKEND_WEBHOOK_SECRET="s3cret", BASIC_AUTH_USER="ann", BASIC_AUTH_PASS="sesame"
     )
@@ -633,7 +673,7 @@ def test_the_secret_opens_the_webhook_and_no_other_door(serve: Serve) -> None:
 # Several projects
 
 
-def test_projects_of_the_same_id_are_kept_apart_by_their_creation(served: Served) -> None:
+def test_projects_same_id_are_kept_apart_by_their_creation(served: Served) -> None:
     other = "1.1577836800"
     for number in (1, 2):
         served.post("/webhook", _annotated(number))
@@ -656,18 +696,18 @@ def test_projects_of_the_same_id_are_kept_apart_by_their_creation(served: Served
 # Predictions
 
 
-def test_untrained_thousands_of_tasks_get_as_many_empty_lists(served: Served) -> None:
+def test_predict_untrained_thousands_of_tasks_get_as_many_empty_lists(served: Served) -> None:
     tasks = [_task(number, f"/data/upload/1/{number}.jpg") for number in range(5000)]
     assert served.predict(tasks) == [[]] * 5000
 
 
-def test_no_task_is_no_work(served: Served) -> None:
+def test_predict_no_task_answers_no_result(served: Served) -> None:
     answer = served.post("/predict", {"tasks": [], "project": KEY, "label_config": CONFIG})
     assert answer.status_code == 200
     assert answer.json == {"results": []}
 
 
-def test_a_trained_model_predicts_with_the_version_that_setup_tells(served: Served) -> None:
+def test_predict_trained_version_is_the_one_that_setup_answers(served: Served) -> None:
     served.learn("v1")
     assert served.version() == "v1"
     before = served.metric("ml_backend_predicted_tasks_total")
@@ -694,7 +734,7 @@ def test_a_trained_model_predicts_with_the_version_that_setup_tells(served: Serv
         assert boxes == pytest.approx([r["value"]["x"] for r in results[index]["result"]], abs=0.01)
 
 
-def test_a_known_project_is_predicted_without_its_config(served: Served) -> None:
+def test_predict_known_project_needs_no_config(served: Served) -> None:
     served.learn("v1")
     answer = served.post("/predict", {"tasks": [_task(1)], "project": "1"})
     assert answer.status_code == 200
@@ -702,7 +742,7 @@ def test_a_known_project_is_predicted_without_its_config(served: Served) -> None
     assert answer.json["results"][0]["model_version"] == "v1"
 
 
-def test_an_image_that_cannot_be_had_costs_only_its_own_task(served: Served) -> None:
+def test_predict_unreadable_image_leaves_only_its_own_task_empty(served: Served) -> None:
     served.learn("v1")
     damaged = "data:image/png;base64," + base64.b64encode(b"this is no image").decode()
     truncated = _image(1)[:-400]
@@ -726,7 +766,7 @@ def test_an_image_that_cannot_be_had_costs_only_its_own_task(served: Served) -> 
     assert all(result["result"] for result in results if result)
 
 
-def test_the_configs_score_threshold_is_obeyed(served: Served) -> None:
+def test_predict_score_threshold_of_the_config_hides_lower_scores(served: Served) -> None:
     served.learn("v1")
     scores = sorted(region["score"] for region in served.predict([_task(1)])[0]["result"])
     middle = round((scores[0] + scores[-1]) / 2, 6)
@@ -743,7 +783,7 @@ def test_the_configs_score_threshold_is_obeyed(served: Served) -> None:
     assert nothing["model_version"] == "v1"
 
 
-def test_the_configs_score_threshold_stands_before_the_learned_one(served: Served) -> None:
+def test_predict_score_threshold_of_the_config_replaces_the_learned_one(served: Served) -> None:
     served.learn("v1", threshold=0.99)
     assert served.predict([_task(1)])[0]["result"] == []
     low = CONFIG.replace("<RectangleLabels", '<RectangleLabels model_score_threshold="0"')
@@ -754,7 +794,9 @@ def test_the_configs_score_threshold_stands_before_the_learned_one(served: Serve
     "config",
     [CONFIG, CONFIG.replace("<RectangleLabels", '<RectangleLabels model_score_threshold="0"')],
 )
-def test_labels_that_were_never_trained_are_never_predicted(served: Served, config: str) -> None:
+def test_predict_label_without_training_boxes_is_never_predicted(
+    served: Served, config: str
+) -> None:
     tasks = [_task(number) for number in range(1, 6)]
     served.learn("v1", boxes={"RBC": 5, "WBC": 5, "Platelets": 5})
     served.learn("v2", key="2.1795463889", boxes={"RBC": 5, "WBC": 0})
@@ -764,14 +806,14 @@ def test_labels_that_were_never_trained_are_never_predicted(served: Served, conf
     assert set().union(*map(_labels, seen)) == {"RBC"}
 
 
-def test_labels_that_the_project_no_longer_has_are_not_predicted(served: Served) -> None:
+def test_predict_label_removed_from_the_config_is_not_predicted(served: Served) -> None:
     served.learn("v1")
     config = CONFIG.replace('<Label value="WBC"/>', '<Label value="New"/>')
     results = served.predict([_task(1), _task(2)], config=config)
     assert set().union(*map(_labels, results)) == {"RBC", "Platelets"}
 
 
-def test_a_broken_live_version_is_stood_in_for_by_the_one_before(served: Served) -> None:
+def test_predict_damaged_live_version_is_replaced_by_the_one_before(served: Served) -> None:
     served.learn("v1", seed=1)
     served.learn("v2", seed=2)
     weights = served.learn("v3", seed=3) / "model.safetensors"
@@ -784,7 +826,7 @@ def test_a_broken_live_version_is_stood_in_for_by_the_one_before(served: Served)
     assert served.version() == "v2"
 
 
-def test_what_stands_in_for_a_broken_version_is_loaded_once(served: Served) -> None:
+def test_predict_replacement_of_a_damaged_version_is_loaded_once(served: Served) -> None:
     other = "2.1795463889"
     served.learn("v1")
     weights = served.learn("v2") / "model.safetensors"
@@ -801,13 +843,13 @@ def test_what_stands_in_for_a_broken_version_is_loaded_once(served: Served) -> N
         assert still is standing_in
 
 
-def test_with_every_version_broken_lists_are_empty(served: Served) -> None:
+def test_predict_every_version_damaged_answers_empty_lists(served: Served) -> None:
     weights = served.learn("v1") / "model.safetensors"
     weights.unlink()
     assert served.predict([_task(1), _task(2)]) == [[], []]
 
 
-def test_what_is_not_done_by_the_deadline_becomes_a_job(serve: Serve) -> None:
+def test_predict_tasks_past_the_deadline_become_a_job(serve: Serve) -> None:
     served = serve(ML_BACKEND_PREDICT_DEADLINE="0.001")
     served.learn("v1")
     before = served.metric("ml_backend_left_over_tasks_total")
@@ -816,22 +858,25 @@ def test_what_is_not_done_by_the_deadline_becomes_a_job(serve: Serve) -> None:
     assert served.metric("ml_backend_left_over_tasks_total") == before + 30
     (job,) = served.jobs("predict")
     assert job.state == "queued"
-    assert job.payload == {"tasks": tasks}
-    assert len(served.backend.tasks.queue) == 1
+    claimed = served.backend.jobs.claim(job.id, job.run, "here")
+    assert claimed is not None
+    assert claimed.payload == {"tasks": tasks}
     told = served.post("/job_status", {"job": job.id}).json
     assert told is not None
-    assert (told["kind"], told["job_status"]) == ("predict", "queued")
+    assert (told["kind"], told["job_status"]) == ("predict", "running")
     assert told["reason"].startswith("30 tasks left over")
+    assert told["reason_code"] == Code.REQUEST_LEFT_TASKS
+    assert told["reason_values"] == {"tasks": 30}
 
 
-def test_left_over_tasks_without_an_id_make_no_job(serve: Serve) -> None:
+def test_predict_tasks_past_the_deadline_without_an_id_make_no_job(serve: Serve) -> None:
     served = serve(ML_BACKEND_PREDICT_DEADLINE="0.001")
     served.learn("v1")
     assert served.predict([{"data": {"image": _image()}}]) == [[]]
     assert served.jobs("predict") == []
 
 
-def test_a_promotion_under_load_fails_no_request_and_all_switch(served: Served) -> None:
+def test_predict_promotion_under_load_fails_no_request_and_all_switch(served: Served) -> None:
     served.learn("v1", seed=1)
     seen: list[list[tuple[int, str, int]]] = [[] for _ in range(4)]
     started = threading.Barrier(5)
@@ -868,7 +913,7 @@ def test_a_promotion_under_load_fails_no_request_and_all_switch(served: Served) 
     assert served.version() == "v2"
 
 
-def test_a_rollback_is_followed_by_the_answers(served: Served) -> None:
+def test_predict_after_a_rollback_answers_with_the_version_before(served: Served) -> None:
     served.learn("v1", seed=1)
     served.learn("v2", seed=2)
     assert served.predict([_task(1)])[0]["model_version"] == "v2"

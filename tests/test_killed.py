@@ -26,13 +26,17 @@ from ml_backend.demo.project import LABEL_CONFIG, create_project, regions
 from ml_backend.demo.shapes import SHAPES, generate
 from ml_backend.detection.detector import Detector
 from ml_backend.detection.presets import preset_named
+from ml_backend.jobs.jobs import ATTEMPTS, STALE_AFTER
 from ml_backend.label_studio.client import LabelStudioClient
 from ml_backend.label_studio.events import AnnotationsChanged, parse_event
+from ml_backend.reasons import Code
 from ml_backend.settings import load_settings
 from ml_backend.store.database import Database
-from ml_backend.store.tables import Annotation, Job, ModelVersion, Project
+from ml_backend.store.states import JobState
+from ml_backend.store.tables import Annotation, Job, ModelVersion, Project, now
 from tests import stand_in
 from tests.conftest import capture, make_live, predictions_held
+from tests.job_process import HOST, run_job
 from tests.steps import Steps
 
 pytestmark = pytest.mark.slow
@@ -126,16 +130,41 @@ def test_webhook_killed_at_any_step_keeps_what_was_acknowledged(tmp_path: Path) 
     assert (revision, None in tasks) == (len(stored), False)
 
 
-# Training: writing a checkpoint, promoting
+# Training and auto-labelling: the worker's side of a run and the side of the job's process
 
 
-def _train(job: int) -> int:
-    from ml_backend.programs.train import main
+def _silent(backend: Backend, number: int) -> None:
+    """Let a job's last heartbeat lie so far back that its worker counts as lost."""
+    with backend.database.session() as session:
+        session.execute(
+            update(Job).where(Job.id == number).values(heartbeat_at=now() - 2 * STALE_AFTER)
+        )
 
-    return main(job, os.getppid())
+
+def _recover(backend: Backend, number: int) -> None:
+    """Put a killed job back as a worker of another host does; the killed run's entry is void."""
+    job = _job(backend, number)
+    _silent(backend, number)
+    assert backend.jobs.recover() == [f"job-{number}-run-{job.run}"]
+    assert backend.jobs.claim(number, job.run, HOST) is None
+    assert _job(backend, number).state in (JobState.QUEUED, JobState.FAILED)
 
 
-def test_training_killed_at_any_step_leaves_one_live_version(tmp_path: Path) -> None:
+def _give_up(backend: Backend, number: int) -> None:
+    """Let the queue start a run once more whose attempts are used up."""
+    assert backend.jobs.claim(number, _job(backend, number).run, HOST) is None
+    failed = _job(backend, number)
+    assert failed.state == JobState.FAILED
+    assert failed.reason.code == Code.GAVE_UP
+
+
+def _job(backend: Backend, number: int) -> Job:
+    job = backend.jobs.get(number)
+    assert job is not None
+    return job
+
+
+def test_training_killed_at_any_step_leaves_one_live_version_and_no_orphan(tmp_path: Path) -> None:
     settings = _settings(tmp_path, ML_BACKEND_KEEP_VERSIONS="2")
     backend = Backend(load_settings(settings))
     make_live(backend, _stand_in(), "v0", key=KEY, label_config=LABEL_CONFIG)
@@ -150,52 +179,56 @@ def test_training_killed_at_any_step_leaves_one_live_version(tmp_path: Path) -> 
         backend.ingest.apply(event, event.project)
     with backend.database.reading() as session:
         project = session.scalars(select(Project)).one()
-    steps = Steps(settings, _train)
+    steps = Steps(settings, run_job)
+    artefacts = tmp_path / "projects" / KEY
 
     def asked_for() -> int:
-        number = backend.jobs.consider_training(project.id, forced=True).job
-        with backend.database.session() as session:
-            session.execute(update(Job).values(not_before=None))
-        assert backend.jobs.claim(number) is not None
+        """Return the training that is to run: the killed one, or a new one after its end."""
+        number = backend.requests.training(project.id, forced=True).job
+        job = _job(backend, number)
+        if job.state == JobState.RUNNING and job.attempt >= ATTEMPTS:
+            _give_up(backend, number)
+            number = backend.requests.training(project.id, forced=True).job
         return number
 
-    def ended(number: int) -> str:
-        job = backend.jobs.get(number)
-        assert job is not None
-        return job.state
-
-    first = asked_for()
-    total = steps.count(first)
-    assert ended(first) == "done"
-    seen = {_check_versions(backend)}
-    for step in _spread(TRAINING, total):
-        job = asked_for()
+    seen, states, orphans = set[str](), Counter[str](), 0
+    # The second one also prunes, as every later one does.
+    for _ in range(2):
+        whole = asked_for()
+        total = steps.count(whole)
+        assert _job(backend, whole).state == JobState.DONE
+        seen.add(_check_versions(backend))
+    for kill, step in enumerate(_spread(TRAINING, total)):
+        number = asked_for()
         # A run may have fewer steps than the counted one.
-        killed = steps.killed_at(step, job)
+        killed = steps.killed_at(step, number)
         assert killed or step > total - 5
         seen.add(_check_versions(backend))
-        # The worker that finds the process dead does this.
-        backend.jobs.try_again(job, "the training was killed", wait=0)
-        assert ended(job) in {"queued", "failed", "done"}
-    backend.artefacts.sweep()
+        orphans += len(_unrecorded(backend, artefacts))
+        state = _job(backend, number).state
+        states[state] += 1
+        # Either the queue starts the same run again, or another host puts the job back.
+        if state == JobState.RUNNING and kill % 2:
+            _recover(backend, number)
     last = asked_for()
     steps.count(last)
-    assert ended(last) == "done"
+    assert _job(backend, last).state == JobState.DONE
     seen.add(_check_versions(backend))
     assert len(seen) > 3
-    leftovers = [p.name for p in (tmp_path / "projects" / KEY).iterdir() if p.name[0] == "."]
-    assert leftovers == []
+    # Most were killed within their run, some before or after it.
+    assert states[JobState.RUNNING] > TRAINING // 2, states
+    # Some trainings were killed between the writing of an artefact and the record of its version.
+    assert orphans > 0
+    assert _unrecorded(backend, artefacts) == set()
+    assert [path.name for path in artefacts.iterdir() if path.name[0] == "."] == []
     assert list((tmp_path / "training").iterdir()) == []
 
 
-# Auto-labelling
-
-
-def _autolabel(job: int) -> int:
-    from ml_backend.programs.predict import main
-
-    # `os._exit` does not wait for threads.
-    os._exit(main(job, os.getppid()))
+def _unrecorded(backend: Backend, artefacts: Path) -> set[str]:
+    """Return the names of the artefacts that no version which is kept has."""
+    with backend.database.reading() as session:
+        kept = session.scalars(select(ModelVersion.name).where(ModelVersion.state != "pruned"))
+        return {path.name for path in artefacts.iterdir() if path.name[0] != "."} - set(kept)
 
 
 def test_autolabel_killed_at_any_step_doubles_no_prediction(
@@ -210,16 +243,16 @@ def test_autolabel_killed_at_any_step_doubles_no_prediction(
     )
     backend = Backend(load_settings(settings))
     key = LabelStudioClient(label_studio.url, label_studio.login.token).project(number).key
-    steps = Steps(settings, _autolabel)
+    steps = Steps(settings, run_job)
     detector = _stand_in()
 
     def live(version: str) -> int:
+        """Make a version live; return the auto-labelling that follows."""
         make_live(backend, detector, version, key=key, label_config=LABEL_CONFIG)
         with backend.database.reading() as session:
             project = session.scalars(select(Project)).one()
-        asked = backend.jobs.consider_autolabel(project.id)
+        asked = backend.requests.autolabel(project.id)
         assert asked is not None
-        assert backend.jobs.claim(asked.job) is not None
         return asked.job
 
     # Only the first run asks whether the project exists, so that its steps are not the usual ones.
@@ -232,12 +265,13 @@ def test_autolabel_killed_at_any_step_doubles_no_prediction(
         job = live(version)
         assert steps.killed_at(step, job)
         assert set(predictions_held(label_studio, number).values()) == {1}
-        if backend.jobs.try_again(job, "it was killed", wait=0):
-            assert backend.jobs.claim(job) is not None
+        state = _job(backend, job).state
+        # Either the queue starts the same run again, or another host puts the job back.
+        if state == JobState.RUNNING and attempt % 2:
+            _recover(backend, job)
+        if state != JobState.DONE:
             steps.count(job)
-        ended = backend.jobs.get(job)
-        assert ended is not None
-        assert ended.state == "done"
+        assert _job(backend, job).state == JobState.DONE
         expected += Counter((task, version) for task in tasks.values())
         assert predictions_held(label_studio, number) == expected
 

@@ -1,4 +1,4 @@
-"""The client, reconciling, connecting and the doctor, against a real Label Studio."""
+"""Test the client, reconciling, connecting and the doctor against a real Label Studio."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,10 +37,19 @@ from ml_backend.store.tables import Annotation, Project, Task, now
 from tests.conftest import RunningBackend, ask, label_studio_program, make_live, wait_for
 from tests.test_away import Proxy
 
+QUICK = {
+    "ML_BACKEND_PRESET": "tests.quick:PRESET",
+    "ML_BACKEND_TRAIN_MIN": "4",
+    "ML_BACKEND_TRAIN_EVERY": "4",
+    "ML_BACKEND_TRAIN_DELAY": "0",
+    "ML_BACKEND_AUTO_LABEL": "false",
+}
+"""Settings for trainings of a second, after four annotated tasks."""
+
 
 @pytest.fixture(scope="module")
 def personal_token(label_studio: LabelStudioServer) -> str:
-    """A personal access token, as Account & Settings gives it out."""
+    """Makes a personal access token, as Account & Settings does."""
     token = str(ask(label_studio, "POST", "/api/token/")["token"])
     assert token.count(".") == 2
     return token
@@ -49,7 +59,7 @@ def personal_token(label_studio: LabelStudioServer) -> str:
 def client(
     request: pytest.FixtureRequest, label_studio: LabelStudioServer, personal_token: str
 ) -> LabelStudioClient:
-    """A client with either kind of token."""
+    """Makes a client with either kind of token."""
     token = label_studio.login.token if request.param == "legacy" else personal_token
     return LabelStudioClient(label_studio.url, token)
 
@@ -348,7 +358,7 @@ def test_annotated_tasks_changed_since_gives_only_later_changes(
 
 @pytest.fixture
 def unstarted(label_studio: LabelStudioServer, tmp_path: Path) -> RunningBackend:
-    """A backend that knows Label Studio and does not run."""
+    """Makes a backend that knows Label Studio and does not run."""
     return RunningBackend(
         tmp_path,
         LABEL_STUDIO_URL=label_studio.url,
@@ -421,32 +431,57 @@ def test_train_command_annotations_that_no_webhook_told_of_are_read_back_first(
     assert "3 annotated tasks" in asked["reason"]
 
 
-def test_webhook_of_an_import_with_annotations_marks_the_project_as_unread(
+def _trained(running: RunningBackend) -> list[dict[str, Any]]:
+    """Lists the trainings of the only project that are done, newest first."""
+    jobs = running.json("status")[0]["jobs"]
+    return [job for job in jobs if job["kind"] == "train" and job["state"] == "done"]
+
+
+def test_import_with_annotations_into_a_connected_project_leads_to_a_training(
     label_studio: LabelStudioServer, unstarted: RunningBackend
 ) -> None:
-    project, images = _project(label_studio, 1)
+    project, images = _project(label_studio, 4)
+    unstarted.settings |= QUICK
     unstarted.start()
-    backend = Backend(load_settings(unstarted.settings))
     try:
-        unstarted.command("connect", "--project", str(project), "--url", unstarted.url)
-        (image,) = images.values()
-        task = {
-            "data": {"image": "https://example.com/image.png"},
-            "annotations": [{"result": regions(image)}],
-        }
-        asked_at = now()
-        ask(label_studio, "POST", f"/api/projects/{project}/import", [task, task])
-
-        def noticed() -> bool:
-            with backend.database.reading() as session:
-                row = session.scalars(select(Project)).one()
-                # Marked, or read back already.
-                return row.unread_since is not None or row.reconciled_at > asked_at  # type: ignore[operator]
-
-        wait_for(noticed, within=30, what="the import is noticed")
+        connected = unstarted.json("connect", "-p", str(project), "--url", unstarted.url)
+        assert (connected["annotated_tasks"], connected["training"]) == (0, None)
+        # Label Studio reports an import by `TASKS_CREATED` alone, which holds no annotation.
+        tasks = [
+            {
+                "data": ask(label_studio, "GET", f"/api/tasks/{task}/")["data"],
+                "annotations": [{"result": regions(image)}],
+            }
+            for task, image in images.items()
+        ]
+        ask(label_studio, "POST", f"/api/projects/{project}/import", tasks)
+        # Nobody asks for it.
+        (job,) = wait_for(lambda: _trained(unstarted), within=150, what="a training is done")
+        assert job["trigger"] == "webhook"
+        (version,) = unstarted.json("versions", "-p", str(project))
+        assert version["card"]["data"]["tasks"] == 4
     finally:
         unstarted.stop()
-        backend.database.close()
+
+
+def test_start_training_button_project_annotated_before_it_was_connected_trains(
+    label_studio: LabelStudioServer, unstarted: RunningBackend
+) -> None:
+    project, images = _project(label_studio, 4)
+    annotate(label_studio, images)
+    # No training is due by itself, and the backend was added in Label Studio's page.
+    unstarted.settings |= QUICK | {"ML_BACKEND_TRAIN_MIN": "100"}
+    unstarted.start()
+    try:
+        body = {"url": unstarted.url, "title": "detector", "project": project}
+        connection = ask(label_studio, "POST", "/api/ml", body)
+        ask(label_studio, "POST", f"/api/ml/{connection['id']}/train")
+        (job,) = wait_for(lambda: _trained(unstarted), within=150, what="a training is done")
+        assert job["trigger"] == "button"
+        (version,) = unstarted.json("versions", "-p", str(project))
+        assert version["card"]["data"]["tasks"] == 4
+    finally:
+        unstarted.stop()
 
 
 def test_doctor_errors_name_the_remedy(
@@ -516,12 +551,12 @@ def test_predict_tasks_beyond_the_deadline_are_predicted_by_a_job_and_imported(
         (job,) = wait_for(
             lambda: [j for j in unstarted.json("status")[0]["jobs"] if j["kind"] == "predict"],
             within=10,
-            what="a job for the left-over tasks",
+            what="a job for the deferred tasks",
         )
         wait_for(
             lambda: unstarted.json("status")[0]["jobs"][0]["state"] == "done",
             within=180,
-            what="the left-over tasks are predicted",
+            what="the deferred tasks are predicted",
         )
         assert "left over" in job["reason"] or "predict" in job["reason"]
         for task in images:

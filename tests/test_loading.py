@@ -1,4 +1,4 @@
-"""Reading images: at reduced size, in parallel, apart from the budget, and by no orphan."""
+"""Read images at reduced size, in parallel, and outside of the budget; leave no process behind."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ from ml_backend.detection.loading import read_example
 from ml_backend.detection.prediction import predict_samples
 from ml_backend.detection.training import Progress, train
 from ml_backend.detection.types import Detections, Sample
+from ml_backend.reasons import Code, reason
 from ml_backend.remedies import with_remedy
 from ml_backend.training.split import ALIKE, fingerprint
 from tests import stand_in
@@ -171,8 +172,12 @@ def test_train_reading_takes_longer_than_the_budget_takes_all_its_steps(
         on_progress=told.append,
     )
     assert (result.steps, result.stopped) == (5, "finished")
-    reading = [p for p in told if p.message.startswith("decoding images")]
-    assert [p.message for p in reading] == [f"decoding images: {n + 1} of 24" for n in range(24)]
+    reading = [p for p in told if p.stage.code == Code.READING_IMAGES]
+    # The sizes are read first, from the headers.
+    expected = [0] * 24 + list(range(1, 25))
+    assert [p.stage for p in reading] == [
+        reason(Code.READING_IMAGES, done=done, total=24) for done in expected
+    ]
     assert {p.fraction for p in reading} == {0.0}
 
 
@@ -204,7 +209,8 @@ def test_train_images_beyond_the_memory_are_read_by_workers(
     options: dict[str, Any] = {"weights": "none", "device": CPU, "threads": 1}
     result = train(preset, LABELS, samples, budget_seconds=60, on_progress=told.append, **options)
     assert result.steps == 5
-    assert sum(p.message.startswith("decoding") for p in told) < len(samples)
+    decoded = [p.stage.values["done"] for p in told if p.stage.code == Code.READING_IMAGES]
+    assert 0 < max(decoded) < len(samples)
 
 
 def test_train_same_seed_with_workers_or_without_learns_the_same(

@@ -1,4 +1,4 @@
-"""Before the first training: what COCO's weights know of a project's labels."""
+"""Predict before the first training, with the labels that COCO's weights know."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KNOWN = PRESET.architecture.published_labels or ()
 
 @pytest.fixture
 def _coco_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Stands in for the download, which not every machine can do: it sees a truck everywhere."""
+    """Replace the download, which needs a network, by a detector that finds a truck everywhere."""
     torch.manual_seed(0)
     state = PRESET.architecture.build(len(KNOWN)).state_dict()
     state["roi_heads.box_predictor.cls_score.bias"][KNOWN.index("truck") + 1] = 12.0

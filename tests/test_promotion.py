@@ -1,4 +1,4 @@
-"""Which version is live: the verdict on a new one, and going forth and back between them."""
+"""Test which version is live: the verdict on a new one, promotion, rollback and pruning."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from sqlalchemy.exc import IntegrityError
 
 from ml_backend.detection.evaluation import ClassChange, ClassQuality, Comparison, Evaluation
 from ml_backend.projects.ingest import Ingest
+from ml_backend.reasons import Code, Reason, reason
 from ml_backend.store.artefacts import ArtefactStore, VersionMissing
 from ml_backend.store.database import Database
 from ml_backend.store.tables import ModelVersion, Project
@@ -27,10 +28,12 @@ from ml_backend.training.promotion import (
     counts_of,
     judge,
 )
+from ml_backend.wording import words
+from tests.conftest import record_version
 
 KEY = "1.1795463889"
-BETTER = Verdict(True, "promoted: not worse")
-WORSE = Verdict(False, "not promoted: worse")
+BETTER = Verdict(True, reason(Code.NOT_WORSE, live="v1", delta=0.0, low=-0.1, high=0.1))
+WORSE = Verdict(False, reason(Code.WORSE, live="v1", delta=-0.2, low=-0.3, high=-0.1))
 
 
 def _evaluation(map50: float) -> Evaluation:
@@ -38,7 +41,7 @@ def _evaluation(map50: float) -> Evaluation:
 
 
 def _knowing(ap50: float | None) -> Evaluation:
-    """An evaluation of a version that knows one label more."""
+    """Makes the evaluation of a version that knows one label more."""
     quality = ClassQuality(ap50, ap50, recall=0.5, support=9, images=4)
     return replace(_evaluation(0.6), per_class={"new": quality})
 
@@ -49,48 +52,50 @@ def _comparison(delta: float, **classes: tuple[float, int]) -> Comparison:
 
 
 @pytest.mark.parametrize("live", [None, "v1"])
-def test_with_nothing_to_compare_it_must_find_something(live: str | None) -> None:
+def test_judge_nothing_to_compare_with_promotes_only_what_finds_something(live: str | None) -> None:
     # A live version whose artefact is broken leaves nothing to compare with, either.
     poor = judge(_evaluation(FINDS_SOMETHING - 0.01), None, live)
     assert not poor.promote
-    assert poor.reason == "not promoted: AP50 0.09 is below 0.1; annotate more"
+    assert words(poor.reason) == "not promoted: AP50 0.09 is below 0.1; annotate more"
     first = judge(_evaluation(FINDS_SOMETHING), None, live)
     assert first.promote
-    assert first.reason == "promoted: the first version that finds something, AP50 0.10"
+    assert words(first.reason) == "promoted: the first version that finds something, AP50 0.10"
 
 
-def test_a_worse_version_is_not_promoted_however_good_it_is() -> None:
+def test_judge_worse_than_live_is_not_promoted_however_good() -> None:
     verdict = judge(_evaluation(0.95), _comparison(-TIE - 0.001), "v1")
     assert not verdict.promote
-    assert verdict.reason == (
+    assert words(verdict.reason) == (
         "not promoted: worse than v1 by AP50 -0.006 (90 % interval -0.026 to +0.014)"
     )
 
 
 @pytest.mark.parametrize("delta", [-TIE, 0.0, 0.2])
-def test_a_tie_or_a_gain_is_promoted(delta: float) -> None:
+def test_judge_tie_or_gain_is_promoted(delta: float) -> None:
     verdict = judge(_evaluation(0.5), _comparison(delta), "v1")
     assert verdict.promote
-    assert verdict.reason.startswith(f"promoted: not worse than v1, AP50 {delta:+.3f} (90 %")
+    assert words(verdict.reason).startswith(f"promoted: not worse than v1, AP50 {delta:+.3f} (90 %")
 
 
-def test_a_gain_at_the_cost_of_a_class_is_not_promoted() -> None:
+def test_judge_gain_at_the_cost_of_a_label_is_not_promoted() -> None:
     comparison = _comparison(0.1, cat=(0.5, 90), dog=(-BAD_FALL - 0.01, ENOUGH_BOXES))
     verdict = judge(_evaluation(0.6), comparison, "v1")
     assert not verdict.promote
-    assert "dog falls by 0.16 AP50 against v1" in verdict.reason
-    assert "the mean changes by +0.100" in verdict.reason
+    assert "dog falls by 0.16 AP50 against v1" in words(verdict.reason)
+    assert "the mean changes by +0.100" in words(verdict.reason)
+    assert verdict.reason.code == Code.LABEL_FALLS
+    assert verdict.reason.values["label"] == "dog"
 
 
-def test_a_version_that_finds_one_label_more_may_be_a_little_behind() -> None:
+def test_judge_finds_a_new_label_and_little_behind_is_promoted() -> None:
     behind = _comparison(-TIE - 0.001)
     verdict = judge(_knowing(0.4), behind, "v1", ["new"])
     assert verdict.promote
-    assert verdict.reason == (
+    assert words(verdict.reason) == (
         "promoted: finds new (AP50 0.40), which v1 does not know, and is little behind on the "
         "others, AP50 -0.006 (90 % interval -0.026 to +0.014)"
     )
-    # Where it does not find it, or is more than a little behind, nothing is gained.
+    # Where the label is not found, or the others fall further behind, the version is worse.
     assert not judge(_knowing(FINDS_SOMETHING - 0.01), behind, "v1", ["new"]).promote
     assert not judge(_knowing(None), behind, "v1", ["new"]).promote
     assert not judge(_knowing(0.4), _comparison(-TIE_WITH_MORE - 0.001), "v1", ["new"]).promote
@@ -101,17 +106,17 @@ def test_a_version_that_finds_one_label_more_may_be_a_little_behind() -> None:
 @pytest.mark.parametrize(
     ("fall", "boxes"), [(-0.9, ENOUGH_BOXES - 1), (-BAD_FALL, ENOUGH_BOXES), (0.3, 500)]
 )
-def test_a_class_that_falls_little_or_has_few_boxes_stops_nothing(fall: float, boxes: int) -> None:
+def test_judge_label_falls_little_or_has_few_boxes_is_promoted(fall: float, boxes: int) -> None:
     assert judge(_evaluation(0.6), _comparison(0.1, dog=(fall, boxes)), "v1").promote
 
 
-def test_a_card_tells_the_boxes_of_each_label() -> None:
+def test_counts_of_card_gives_the_boxes_of_each_label() -> None:
     assert counts_of({"data": {"boxes": {"cat": 3, "dog": 0}}}) == {"cat": 3, "dog": 0}
     assert counts_of({}) == {}
 
 
 class Versioned:
-    """A project, its versions and their artefacts."""
+    """Holds a project, its versions and their artefacts."""
 
     def __init__(self, url: str, folder: Path) -> None:
         self.database = Database(url)
@@ -128,25 +133,32 @@ class Versioned:
     def record(
         self, name: str, verdict: Verdict = BETTER, *, parent: str | None, revision: int = 1
     ) -> Verdict:
-        """The same for a version that was compared with another one."""
+        """Publishes and records a version that was compared with a given one."""
 
         def write(folder: Path) -> None:
             (folder / "model.safetensors").write_bytes(name.encode())
 
         self.artefacts.publish(KEY, name, write, {"version": name})
-        return self.versions.record(
-            self.id, name, {"version": name}, verdict, parent=parent, revision=revision
+        return record_version(
+            self.versions,
+            self.database,
+            self.id,
+            name,
+            {"version": name},
+            verdict,
+            parent=parent,
+            revision=revision,
         )
 
     @property
     def row(self) -> Project:
-        """The project's row."""
+        """Reads the project's row."""
         with self.database.reading() as session:
             return session.get_one(Project, self.id)
 
     @property
     def live(self) -> str | None:
-        """The live version, once it is certain that it is the only one."""
+        """Reads the live version, and checks that no other one is marked as live."""
         with self.database.reading() as session:
             marked = session.scalars(
                 select(ModelVersion.name).where(
@@ -158,28 +170,28 @@ class Versioned:
         return live
 
     def states(self) -> dict[str, str]:
-        """State by version, oldest first."""
+        """Reads the states by version, oldest first."""
         return {v.name: v.state for v in reversed(self.versions.all(self.id))}
 
-    def reason(self, name: str) -> str:
-        """A version's reason."""
+    def reason(self, name: str) -> Reason:
+        """Reads a version's reason."""
         return {v.name: v.reason for v in self.versions.all(self.id)}[name]
 
 
 def _stored(project: Versioned) -> list[str]:
-    """Names of the versions in the artefact store."""
+    """Lists the versions in the artefact store."""
     return sorted(path.name for path in (project.folder / "projects" / KEY).iterdir())
 
 
 @pytest.fixture
 def project(database_url: str, tmp_path: Path) -> Iterator[Versioned]:
-    """A project without a version."""
+    """Makes a project without a version."""
     project = Versioned(database_url, tmp_path)
     yield project
     project.database.close()
 
 
-def test_a_better_version_goes_live_and_retires_the_one_before(project: Versioned) -> None:
+def test_record_better_version_goes_live_and_retires_the_one_before(project: Versioned) -> None:
     project.add("v1")
     assert project.live == "v1"
     project.add("v2")
@@ -192,7 +204,7 @@ def test_a_better_version_goes_live_and_retires_the_one_before(project: Versione
     assert project.versions.count(project.id) == 2
 
 
-def test_a_worse_version_is_kept_and_changes_nothing(project: Versioned) -> None:
+def test_record_worse_version_is_kept_and_live_stays(project: Versioned) -> None:
     project.add("v1")
     project.add("v2", WORSE)
     assert project.live == "v1"
@@ -200,7 +212,7 @@ def test_a_worse_version_is_kept_and_changes_nothing(project: Versioned) -> None
     assert project.reason("v2") == WORSE.reason
 
 
-def test_what_a_training_saw_counts_even_where_its_version_is_rejected(project: Versioned) -> None:
+def test_record_rejected_version_counts_what_its_training_saw(project: Versioned) -> None:
     project.add("v1", WORSE, revision=7)
     assert project.row.trained_revision == 7
     assert project.live is None
@@ -208,42 +220,51 @@ def test_what_a_training_saw_counts_even_where_its_version_is_rejected(project: 
     assert project.row.trained_revision == 7
 
 
-def test_a_name_is_recorded_once(project: Versioned) -> None:
+def test_record_name_twice_is_refused_and_changes_nothing(project: Versioned) -> None:
     project.add("v1")
     with pytest.raises(IntegrityError):
-        project.versions.record(project.id, "v1", {}, WORSE, parent=None, revision=9)
+        record_version(
+            project.versions,
+            project.database,
+            project.id,
+            "v1",
+            {},
+            WORSE,
+            parent=None,
+            revision=9,
+        )
     assert project.live == "v1"
     assert project.row.trained_revision == 1
 
 
-def test_an_admin_may_promote_a_rejected_version(project: Versioned) -> None:
+def test_promote_rejected_version_is_live(project: Versioned) -> None:
     project.add("v1")
     project.add("v2", WORSE)
-    project.versions.promote(project.id, "v2", "promoted by hand")
+    project.versions.promote(project.id, "v2")
     assert project.live == "v2"
     assert project.states() == {"v1": "retired", "v2": "live"}
-    assert project.reason("v2") == "promoted by hand"
+    assert words(project.reason("v2")) == "promoted on request"
 
 
-def test_promoting_what_is_live_already_changes_nothing_else(project: Versioned) -> None:
+def test_promote_live_version_changes_nothing_else(project: Versioned) -> None:
     project.add("v1")
     project.add("v2")
-    project.versions.promote(project.id, "v2", "again")
+    project.versions.promote(project.id, "v2")
     assert project.live == "v2"
     assert project.versions.rollback(project.id) == "v1"
 
 
-def test_a_rollback_goes_to_the_one_before_and_marks_what_it_left(project: Versioned) -> None:
+def test_rollback_goes_to_the_one_before_and_marks_what_it_left(project: Versioned) -> None:
     for name in ("v1", "v2", "v3"):
         project.add(name)
     assert project.versions.rollback(project.id) == "v2"
     assert project.live == "v2"
     assert project.states() == {"v1": "retired", "v2": "live", "v3": "rolled back"}
-    assert project.reason("v2") == "rolled back from v3"
-    assert project.reason("v3") == "rolled back to v2 on request"
+    assert words(project.reason("v2")) == "rolled back from v3"
+    assert words(project.reason("v3")) == "rolled back to v2 on request"
 
 
-def test_a_rollback_holds_and_a_second_goes_further_back(project: Versioned) -> None:
+def test_rollback_twice_goes_further_back(project: Versioned) -> None:
     for name in ("v1", "v2", "v3"):
         project.add(name)
     project.versions.rollback(project.id)
@@ -255,17 +276,17 @@ def test_a_rollback_holds_and_a_second_goes_further_back(project: Versioned) -> 
     assert project.states() == {"v1": "live", "v2": "rolled back", "v3": "rolled back"}
 
 
-def test_after_a_rollback_the_next_better_version_goes_live(project: Versioned) -> None:
+def test_record_better_version_after_a_rollback_goes_live(project: Versioned) -> None:
     project.add("v1")
     project.add("v2")
     project.versions.rollback(project.id)
     project.add("v3")
     assert project.live == "v3"
-    # What was rolled back stays out of the way.
+    # A version that was rolled back is passed over.
     assert project.versions.rollback(project.id) == "v1"
 
 
-def test_a_rollback_during_a_training_holds(project: Versioned) -> None:
+def test_record_after_a_rollback_during_the_training_is_not_promoted(project: Versioned) -> None:
     project.add("v1")
     project.add("v2", revision=3)
     project.versions.rollback(project.id)
@@ -274,24 +295,26 @@ def test_a_rollback_during_a_training_holds(project: Versioned) -> None:
     assert project.live == "v1"
     assert not verdict.promote
     assert verdict.reason == project.reason("v3")
-    assert verdict.reason.startswith(
+    assert words(verdict.reason).startswith(
         "not promoted: meanwhile v1 was made live, and it was compared with v2;"
     )
     assert project.states() == {"v1": "live", "v2": "rolled back", "v3": "rejected"}
     # What it saw leads to another training soon.
     assert project.row.trained_revision == 3
-    project.versions.promote(project.id, "v3", "by hand")
+    project.versions.promote(project.id, "v3")
     assert project.live == "v3"
 
 
-def test_a_promotion_by_hand_during_the_first_training_holds(project: Versioned) -> None:
+def test_record_after_a_promotion_during_the_first_training_is_not_promoted(
+    project: Versioned,
+) -> None:
     project.add("v1", WORSE)
-    project.versions.promote(project.id, "v1", "by hand")
+    project.versions.promote(project.id, "v1")
     assert not project.record("v2", parent=None).promote
     assert project.live == "v1"
 
 
-def test_a_worse_version_is_worse_whatever_went_live_meanwhile(project: Versioned) -> None:
+def test_record_worse_version_after_a_rollback_keeps_its_verdict(project: Versioned) -> None:
     project.add("v1")
     project.add("v2")
     project.versions.rollback(project.id)
@@ -299,27 +322,27 @@ def test_a_worse_version_is_worse_whatever_went_live_meanwhile(project: Versione
     assert project.row.trained_revision == 9
 
 
-def test_a_rollback_goes_by_when_versions_were_live_not_by_their_age(project: Versioned) -> None:
+def test_rollback_goes_by_when_versions_were_live_not_by_their_age(project: Versioned) -> None:
     for name in ("v1", "v2", "v3"):
         project.add(name)
-    project.versions.promote(project.id, "v1", "by hand")
-    project.versions.promote(project.id, "v2", "by hand")
+    project.versions.promote(project.id, "v1")
+    project.versions.promote(project.id, "v2")
     assert project.versions.rollback(project.id) == "v1"
     assert project.versions.rollback(project.id) == "v3"
 
 
-def test_a_rollback_may_name_where_it_goes(project: Versioned) -> None:
+def test_rollback_to_a_named_version_makes_it_live(project: Versioned) -> None:
     for name in ("v1", "v2", "v3"):
         project.add(name)
     assert project.versions.rollback(project.id, to="v1") == "v1"
     assert project.states() == {"v1": "live", "v2": "retired", "v3": "rolled back"}
-    # Named, even what was rolled back may come again.
+    # A version that was rolled back may be named as well.
     assert project.versions.rollback(project.id, to="v3") == "v3"
     assert project.states() == {"v1": "rolled back", "v2": "retired", "v3": "live"}
     assert project.live == "v3"
 
 
-def test_a_rollback_that_cannot_be_says_why_and_changes_nothing(project: Versioned) -> None:
+def test_rollback_impossible_says_why_and_changes_nothing(project: Versioned) -> None:
     with pytest.raises(VersionMissing, match="no earlier version"):
         project.versions.rollback(project.id)
     project.add("v1")
@@ -333,14 +356,14 @@ def test_a_rollback_that_cannot_be_says_why_and_changes_nothing(project: Version
     assert project.live == "v1"
 
 
-def test_a_version_whose_folder_is_gone_is_not_made_live(project: Versioned) -> None:
+def test_rollback_and_promote_missing_artefact_is_refused(project: Versioned) -> None:
     project.add("v1")
     project.add("v2")
     project.artefacts.remove(KEY, "v1")
     for attempt in (
         lambda: project.versions.rollback(project.id),
         lambda: project.versions.rollback(project.id, to="v1"),
-        lambda: project.versions.promote(project.id, "v1", "by hand"),
+        lambda: project.versions.promote(project.id, "v1"),
     ):
         with pytest.raises(VersionMissing, match=r"version v1 is not in .*: restore the folder"):
             attempt()
@@ -348,30 +371,27 @@ def test_a_version_whose_folder_is_gone_is_not_made_live(project: Versioned) -> 
     assert project.states() == {"v1": "retired", "v2": "live"}
 
 
-def test_a_version_of_another_project_is_not_known_here(project: Versioned) -> None:
+def test_promote_version_of_another_project_is_refused(project: Versioned) -> None:
     project.add("v1")
     other = Ingest(project.database).introduce("2.1795463889", 2, label_config="<View/>").id
     with pytest.raises(VersionMissing, match=r"project 2\.1795463889 has no version v1"):
-        project.versions.promote(other, "v1", "by hand")
+        project.versions.promote(other, "v1")
     assert project.versions.all(other) == []
     assert project.live == "v1"
 
 
-def test_many_promotions_at_once_leave_exactly_one_live(project: Versioned) -> None:
+def test_promote_many_at_once_leaves_exactly_one_live(project: Versioned) -> None:
     names = [f"v{i}" for i in range(1, 9)]
     for name in names:
         project.add(name, WORSE)
     with ThreadPoolExecutor(8) as pool:
-        for done in [
-            pool.submit(project.versions.promote, project.id, name, f"by {name}")
-            for name in names * 3
-        ]:
+        for done in [pool.submit(project.versions.promote, project.id, name) for name in names * 3]:
             done.result()
     assert project.live in names
     assert sorted(project.states().values()) == ["live"] + ["retired"] * 7
 
 
-def test_pruning_keeps_the_live_the_one_before_and_the_newest(project: Versioned) -> None:
+def test_prune_keeps_the_live_the_one_before_and_the_newest(project: Versioned) -> None:
     for name in ("v1", "v2", "v3"):
         project.add(name)
     for name in ("v4", "v5", "v6", "v7"):
@@ -393,7 +413,7 @@ def test_pruning_keeps_the_live_the_one_before_and_the_newest(project: Versioned
     assert project.versions.rollback(project.id) == "v2"
 
 
-def test_pruning_keeps_old_versions_that_an_admin_went_back_to(project: Versioned) -> None:
+def test_prune_keeps_old_versions_that_an_admin_went_back_to(project: Versioned) -> None:
     for name in ("v1", "v2", "v3", "v4"):
         project.add(name)
     project.versions.rollback(project.id, to="v1")
@@ -402,17 +422,17 @@ def test_pruning_keeps_old_versions_that_an_admin_went_back_to(project: Versione
     assert _stored(project) == ["v1", "v3", "v4"]
 
 
-def test_a_version_that_is_being_pruned_is_not_made_live(project: Versioned) -> None:
+def test_promote_version_being_pruned_is_refused(project: Versioned) -> None:
     for name in ("v1", "v2", "v3"):
         project.add(name)
     tried: list[str] = []
 
     class Slow(ArtefactStore):
-        """Somebody promotes before the folder is gone."""
+        """Promotes, as somebody may, before the folder is gone."""
 
         def remove(self, project_key: str, version: str) -> None:
             with pytest.raises(VersionMissing, match=f"{version} was deleted to make room"):
-                project.versions.promote(project.id, version, "by hand")
+                project.versions.promote(project.id, version)
             with pytest.raises(VersionMissing, match=f"{version} was deleted to make room"):
                 project.versions.rollback(project.id, to=version)
             tried.append(version)
@@ -423,7 +443,7 @@ def test_a_version_that_is_being_pruned_is_not_made_live(project: Versioned) -> 
     assert project.live == "v3"
 
 
-def test_a_pruned_version_cannot_be_gone_back_to(project: Versioned) -> None:
+def test_rollback_to_a_pruned_version_is_refused(project: Versioned) -> None:
     for name in ("v1", "v2", "v3"):
         project.add(name)
     assert project.versions.prune(project.id, 1) == ["v1"]

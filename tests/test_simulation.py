@@ -1,4 +1,4 @@
-"""Simulated campaigns: the accounting, the policy, and the command, on generated images."""
+"""Simulate campaigns on generated images: the costs, when trainings start, and the command."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from ml_backend.cli import app
+from ml_backend.cli.app import app
 from ml_backend.demo.shapes import SHAPES, generate
 from ml_backend.detection.detector import Detector
 from ml_backend.detection.presets.tiny import PRESET as TINY
 from ml_backend.detection.training import train
 from ml_backend.detection.types import Sample
 from ml_backend.settings import load_settings
-from ml_backend.simulation.campaign import Campaign, Simulation
+from ml_backend.simulation.campaign import Simulation
+from ml_backend.simulation.results import Campaign
 from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
@@ -70,7 +71,7 @@ def _as_coco(folder: Path, samples: Sequence[Sample]) -> None:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights that have seen other shapes, as a pretrained trunk has."""
+    """Return a file of weights that were trained on other shapes."""
     folder = tmp_path_factory.mktemp("weights")
     samples = _samples(folder, 40, seed=7)
     result = train(
@@ -106,7 +107,9 @@ def _simulate(*arguments: str, **settings: str) -> subprocess.CompletedProcess[s
     )
 
 
-def test_a_campaign_saves_work_and_says_how_much(tmp_path: Path, weights: Path) -> None:
+def test_simulate_labelled_images_reports_rounds_costs_and_savings(
+    tmp_path: Path, weights: Path
+) -> None:
     samples = _samples(tmp_path, 50, seed=1)
     _as_coco(tmp_path, samples)
     boxes = sum(len(s.labels) for s in samples)
@@ -118,7 +121,7 @@ def test_a_campaign_saves_work_and_says_how_much(tmp_path: Path, weights: Path) 
     assert (report["images"], report["boxes"]) == (50, boxes)
     loop, story = report["campaigns"]
     assert (loop["name"], story["name"]) == ("diverse", "one round after 25")
-    # By the policy: after the first 10, and when twice as many have come as there were.
+    # Trainings start after the first 10 images, and after twice as many new ones.
     assert [r["images"] for r in loop["rounds"]] == [10, 30]
     assert [r["images"] for r in story["rounds"]] == [25]
     for campaign in (loop, story):
@@ -130,14 +133,14 @@ def test_a_campaign_saves_work_and_says_how_much(tmp_path: Path, weights: Path) 
     assert loop["rounds"][-1]["promoted"]
     assert loop["rounds"][-1]["map50_of_rest"] > 0.3
     assert loop["saving"]["27.6"] > 1.15
-    # What costs more to draw, saves more by being drawn.
+    # The more seconds a box costs to draw, the more a predicted box saves.
     assert loop["saving"]["27.6"] > loop["saving"]["7.0"] >= 1.0
-    # Until the first training the story is drawn by hand, box by box.
+    # Before its only training, every box of this campaign is drawn by hand.
     assert story["human"]["7.0"][24] == pytest.approx(story["by_hand"]["7.0"][24])
     assert Image.open(picture).size[0] > 600
 
 
-def test_wrong_words_are_answered_in_words(tmp_path: Path) -> None:
+def test_simulate_unknown_strategy_or_empty_folder_ends_with_its_name(tmp_path: Path) -> None:
     wrong = _simulate(str(tmp_path), "--strategies", "clever", ML_BACKEND_WEIGHTS="none")
     assert wrong.returncode == 2
     assert "there is no strategy 'clever': diverse, uncertainty, random" in wrong.stderr
@@ -147,7 +150,7 @@ def test_wrong_words_are_answered_in_words(tmp_path: Path) -> None:
     assert "Traceback" not in missing.stderr
 
 
-def test_what_is_wrong_is_said_before_anything_is_trained(tmp_path: Path) -> None:
+def test_simulate_wrong_option_ends_before_any_training(tmp_path: Path) -> None:
     _as_coco(tmp_path, _samples(tmp_path, 12, seed=3))
     for option, value, words in (
         ("--picture", str(tmp_path / "curves.xyz"), "must end in one of"),
@@ -165,7 +168,7 @@ def test_what_is_wrong_is_said_before_anything_is_trained(tmp_path: Path) -> Non
     assert "Traceback" not in device.stderr
 
 
-def test_a_damaged_image_is_left_out_and_what_is_done_outlasts_an_interruption(
+def test_simulate_damaged_image_and_interruption_reports_finished_campaigns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     samples = _samples(tmp_path, 31, seed=3)
@@ -203,7 +206,7 @@ def _never_trained(samples: Sequence[Sample], labels: Sequence[str] = LABELS) ->
     return Simulation(settings, CPU, labels, samples, PRICES, lambda fraction, words: None)
 
 
-def test_without_a_detector_all_is_drawn_by_hand_in_an_order_of_the_seed(tmp_path: Path) -> None:
+def test_loop_never_trained_costs_drawing_by_hand_in_the_order_of_its_seed(tmp_path: Path) -> None:
     simulation = _never_trained(_samples(tmp_path, 30, seed=2))
     first, other, again = (simulation.loop("random", seed) for seed in (0, 1, 0))
     assert first.human == first.by_hand == again.human
@@ -213,7 +216,7 @@ def test_without_a_detector_all_is_drawn_by_hand_in_an_order_of_the_seed(tmp_pat
     assert len(simulation.loop("diverse", 0, stop_after=12).human[7.0]) == 12
 
 
-def test_a_label_that_comes_late_costs_nothing_before(tmp_path: Path) -> None:
+def test_loop_late_label_costs_nothing_before_it_comes(tmp_path: Path) -> None:
     samples = _samples(tmp_path, 30, seed=2)
     whole = _never_trained(samples).loop("random", 0)
     late = _never_trained(samples).loop("random", 0, late={"Circle": 15})
@@ -225,7 +228,7 @@ def test_a_label_that_comes_late_costs_nothing_before(tmp_path: Path) -> None:
     assert missing == pytest.approx(round(missing))
 
 
-def test_embeddings_do_not_depend_on_the_rest_of_the_batch(tmp_path: Path) -> None:
+def test_predict_image_in_a_batch_has_the_embedding_of_the_image_alone(tmp_path: Path) -> None:
     detector = Detector.pretrained(TINY, LABELS, "none", CPU)
     wide, tall = Image.new("RGB", (300, 120), "red"), Image.effect_noise((90, 200), 60)
     images = [wide, tall.convert("RGB")]

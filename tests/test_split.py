@@ -1,4 +1,4 @@
-"""The hold-out split: stable, stratified, and never parting what looks alike."""
+"""Split tasks: the split is stable and stratified, and keeps look-alikes on one side."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _items(count: int, *, start: int = 0) -> list[Item]:
     ]
 
 
-def test_a_task_never_moves_sides() -> None:
+def test_assign_decided_tasks_keep_their_side() -> None:
     first = _items(80)
     assign(first)
     before = {item.task: item.side for item in first}
@@ -57,7 +57,7 @@ def test_a_task_never_moves_sides() -> None:
     assert {item.task: item.side for item in both[:80]} == before
 
 
-def test_the_holdout_has_its_share_of_every_label() -> None:
+def test_assign_new_tasks_gives_the_holdout_its_share_of_every_label() -> None:
     items = _items(300)
     assign(items)
     total: Counter[str] = Counter()
@@ -70,9 +70,7 @@ def test_the_holdout_has_its_share_of_every_label() -> None:
         assert abs(held[label] / total[label] - HOLDOUT_SHARE) < 0.08, label
 
 
-def test_what_was_asked_for_by_chance_measures_before_what_was_asked_for_because_it_is_hard() -> (
-    None
-):
+def test_assign_tasks_asked_for_by_chance_are_held_out_before_others() -> None:
     items = _items(300)
     for item in items[::10]:
         item.by_chance = True
@@ -82,7 +80,7 @@ def test_what_was_asked_for_by_chance_measures_before_what_was_asked_for_because
     assert sum(item.by_chance for item in held) >= 0.9 * 30
 
 
-def test_near_duplicates_stay_on_one_side_even_when_they_come_later() -> None:
+def test_assign_later_near_duplicates_join_the_side_of_the_first() -> None:
     items = _items(60)
     assign(items)
     copies = [
@@ -100,7 +98,7 @@ def test_near_duplicates_stay_on_one_side_even_when_they_come_later() -> None:
         assert copy.side == item.side
 
 
-def test_different_pictures_are_not_taken_for_duplicates() -> None:
+def test_assign_different_images_have_different_clips() -> None:
     items = _items(200)
     assign(items)
     assert len({item.clip for item in items}) == 200
@@ -108,9 +106,9 @@ def test_different_pictures_are_not_taken_for_duplicates() -> None:
 
 @pytest.mark.parametrize("blank", [0, 10, 15])
 @pytest.mark.parametrize("noise", [0.004, 0.02, 0.06])
-def test_clips_are_what_comparing_each_with_all_finds(blank: int, noise: float) -> None:
+def test_assign_clips_equal_those_of_comparing_each_with_all(blank: int, noise: float) -> None:
     rng = np.random.default_rng(blank)
-    # Scenes whose frames differ in some bits; of some, rows are as blank as a sky.
+    # Frames of a scene differ in some bits; some scenes have blank rows, as a sky has.
     scenes = rng.random((40, 256)) < 0.5
     scenes[:20, : 16 * blank] = False
     marks = scenes[rng.integers(0, 40, 600)] ^ (rng.random((600, 256)) < noise)
@@ -140,7 +138,7 @@ def test_clips_are_what_comparing_each_with_all_finds(blank: int, noise: float) 
     assert [item.clip for item in items] == expected
 
 
-def test_of_a_long_film_only_frames_close_together_are_taken_for_a_clip() -> None:
+def test_assign_long_film_only_frames_close_together_share_a_clip() -> None:
     frame = np.random.default_rng(0).random(256) < 0.5
     later = frame ^ (np.arange(256) < ALIKE_IN_CLIP)
     cut = [np.random.default_rng(n).random(256) < 0.5 for n in range(1, NEIGHBOURS + 1)]
@@ -157,28 +155,28 @@ def test_of_a_long_film_only_frames_close_together_are_taken_for_a_clip() -> Non
     assert clips(cut)[-1] == NEIGHBOURS + 1
 
 
-def test_a_fixed_camera_is_parted_between_folds_by_task() -> None:
-    # Two images of each task, all alike.
+def test_fold_groups_dominant_clip_is_divided_by_task() -> None:
+    # All images look alike; each task has two.
     tasks = {f"{n}-{side}": n for n in range(12) for side in ("left", "right")}
     groups, parted = fold_groups(tasks, dict.fromkeys(tasks, 0))
     assert parted
     assert groups == tasks
 
 
-def test_folds_learn_from_a_share_however_large_a_clip_is() -> None:
+def test_folds_large_clip_leaves_images_to_learn_from() -> None:
     tasks = {f"image-{n}": n for n in range(12)}
     # All but the last look alike.
     groups, parted = fold_groups(tasks, {key: n // 11 * 11 for key, n in tasks.items()})
     assert parted
     assert [len(part) for part in folds(groups, 3, seed=0)] == [4, 4, 4]
-    # Two of three may stay together.
+    # A clip of two thirds of the images stays whole.
     clips = {key: 0 if n < 8 else n for key, n in tasks.items()}
     groups, parted = fold_groups(tasks, clips)
     assert (groups, parted) == (clips, False)
     assert max(len(part) for part in folds(groups, 3, seed=0)) == 8
 
 
-def test_folds_part_no_clip_and_use_every_image_once() -> None:
+def test_folds_clips_stay_whole_and_every_image_is_used_once() -> None:
     clips = {f"image-{n}": n // 3 for n in range(31)}
     parts = folds(clips, 3, seed=1)
     assert sorted(key for part in parts for key in part) == sorted(clips)

@@ -1,4 +1,4 @@
-"""What a training starts from, and what it is measured on."""
+"""Check what a training starts from and what it is measured on."""
 
 from __future__ import annotations
 
@@ -28,14 +28,21 @@ OTHER = replace(SHORT, name="other", min_size=96)
 
 @pytest.fixture(autouse=True)
 def _few_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hold-out decides from twelve images on."""
+    """Let a hold-out measure from twelve images on."""
     monkeypatch.setattr(module, "SMALL", 12)
 
 
 def _dataset(
     folder: Path, images: int, clips: Mapping[int, int], holdout: range = range(0)
 ) -> Dataset:
-    """Images, one for each task; `clips` names the clips of those that are not their own."""
+    """Make a data set with one image for each task.
+
+    Args:
+        folder: receives the images.
+        images: number of images.
+        clips: clip of an image, where it is not the image's own.
+        holdout: images that only measure.
+    """
     samples = []
     for number, image in enumerate(generate(images, seed=0, width=128, height=96, most=2)):
         path = folder / image.name
@@ -65,7 +72,9 @@ def _fit(
 
 
 @pytest.mark.parametrize("images", [9, 12])
-def test_fit_images_that_all_look_alike_trains_and_says_so(tmp_path: Path, images: int) -> None:
+def test_fit_images_that_all_look_alike_notes_optimistic_figures(
+    tmp_path: Path, images: int
+) -> None:
     outcome = _fit(tmp_path, _dataset(tmp_path, images, dict.fromkeys(range(images), 0)))
     assert len(outcome.out_of_fold) == images
     assert outcome.measured_on == (
@@ -74,13 +83,13 @@ def test_fit_images_that_all_look_alike_trains_and_says_so(tmp_path: Path, image
     )
 
 
-def test_fit_images_that_differ_are_measured_without_a_remark(tmp_path: Path) -> None:
+def test_fit_images_that_differ_are_measured_by_folds_without_a_note(tmp_path: Path) -> None:
     outcome = _fit(tmp_path, _dataset(tmp_path, 9, {1: 0, 2: 0}))
     assert outcome.measured_on == "3 folds over 9 images"
 
 
 def test_fit_holdout_of_nearly_everything_measures_by_folds(tmp_path: Path) -> None:
-    # One that measures from the beginning; then a camera that shows nothing but its like.
+    # Two images differ; the other ten are one clip, and all held out.
     clips = dict.fromkeys(range(2, 12), 2)
     outcome = _fit(tmp_path, _dataset(tmp_path, 12, clips, holdout=range(2, 12)))
     assert outcome.measured_on.startswith("3 folds over 12 images")
@@ -96,11 +105,11 @@ def _live(preset: Preset, out_of_fold: Mapping[str, Detections] | None = None) -
 def test_fit_live_version_of_same_preset_starts_warm(tmp_path: Path) -> None:
     dataset = _dataset(tmp_path, 12, {}, holdout=range(3))
     assert _fit(tmp_path, dataset, _live(preset_named("tests.test_trainer:SHORT", CPU))).warm
-    # Another preset was set since.
+    # The live version has another preset.
     other = _fit(tmp_path, dataset, _live(OTHER))
     assert not other.warm
     assert (other.detector.preset.name, other.detector.preset.min_size) == ("short", 64)
-    # Measured by folds, it has learned what measures now.
+    # The live version was measured by folds, and has learned the images that measure now.
     learned = _live(SHORT, {"2-image": Detections.empty()})
     assert not _fit(tmp_path, dataset, learned).warm
     assert _fit(tmp_path, dataset, _live(SHORT, {"3-image": Detections.empty()})).warm
@@ -115,7 +124,7 @@ def test_fit_label_new_to_live_version_is_left_out_of_the_comparison(
 ) -> None:
     dataset = _dataset(tmp_path, 9, {})
     live = _live(SHORT)
-    # It was trained before there were triangles.
+    # The live version was trained before the label Triangle was added.
     live.detector.thresholds = dict.fromkeys(LABELS[:2], 0.5)
     perfect = {
         s.key: Detections(s.boxes, np.full(len(s.labels), 0.9, np.float32), s.labels)

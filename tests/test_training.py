@@ -1,4 +1,4 @@
-"""Training: it learns, obeys its budget, and outlives what goes wrong."""
+"""Train detectors: they learn within the budget, and failures are handled."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_train_validation_samples_keep_the_best_weights_on_them(tmp_path: Path) 
 
 def test_train_validation_that_never_improves_ends_early(tmp_path: Path) -> None:
     samples = _samples(tmp_path, 4)
-    # Nothing can be found on images without boxes: no look is better than the first.
+    # On images without boxes the AP50 stays 0, so that no evaluation beats the first.
     empty = [replace(s, boxes=s.boxes[:0], labels=s.labels[:0]) for s in samples]
     result = _train(samples, replace(SMALL, steps=40), validation=empty)
     assert result.stopped == "early stop"
@@ -143,7 +143,7 @@ def test_train_images_up_to_max_pixels_are_learned_and_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     samples = _samples(tmp_path, 3)
-    # Without a word from the settings these would be too large.
+    # Without the setting, the limit is 100 pixels here.
     monkeypatch.setattr(decode_image, "__kwdefaults__", {"max_pixels": 100})
     short = replace(SMALL, steps=2)
     assert _train(samples, short, validation=samples, max_pixels=128 * 96).history
@@ -158,7 +158,7 @@ def test_train_images_without_boxes_takes_its_steps(tmp_path: Path) -> None:
 
 
 class _Hungry(nn.Module):
-    """Runs out of memory on more than two images at a time, as a small GPU does."""
+    """Run out of memory on more than two images at a time, as a small GPU does."""
 
     def __init__(self, outputs: int) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ def test_train_loss_of_nan_raises_training_diverged(tmp_path: Path) -> None:
 
 
 class _Enough(Exception):
-    """Somebody stops the training."""
+    """Stop a training from outside."""
 
 
 def test_train_on_progress_raises_stops_the_training(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_train_on_progress_raises_stops_the_training(tmp_path: Path) -> None:
 
 def test_train_start_with_one_label_less_learns_the_new_label(tmp_path: Path) -> None:
     samples = _samples(tmp_path, 12)
-    # The first knows circles and squares; triangles are added.
+    # The first detector knows circles and squares; triangles are added.
     known = [
         replace(s, boxes=s.boxes[s.labels < 2], labels=s.labels[s.labels < 2]) for s in samples
     ]

@@ -1,4 +1,4 @@
-"""A training from the store to its end, as its process runs it; and what it says where it ends."""
+"""Trainings from stored annotations to their end, in a process under the supervisor."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,11 +27,14 @@ from ml_backend.detection.decoding import decode_image
 from ml_backend.detection.presets.tiny import PRESET as TINY
 from ml_backend.label_studio.events import AnnotationInfo, AnnotationsChanged, ProjectInfo, TaskInfo
 from ml_backend.label_studio.label_config import parse_label_config
+from ml_backend.reasons import Reason
 from ml_backend.settings import load_settings
 from ml_backend.store.database import Database
-from ml_backend.store.tables import Job, Project, now
+from ml_backend.store.states import JobState, Trigger
+from ml_backend.store.tables import Job, Project
 from ml_backend.training.dataset import build_dataset
-from ml_backend.worker.supervisor import REFUSED
+from ml_backend.wording import words
+from ml_backend.worker.supervisor import PROGRAM, supervise
 from tests.conftest import ROOT
 
 MOMENT = datetime(2026, 1, 1, tzinfo=UTC)
@@ -63,7 +67,7 @@ DIVERGING = replace(SHORT, architecture=TorchvisionDetector(_Diverging))
 def _build_while_another_takes_the_job(outputs: int) -> nn.Module:
     database = Database(load_settings().database)
     with database.session() as session:
-        session.execute(update(Job).values(started_at=now()))
+        session.execute(update(Job).values(claim="of another run"))
     return fcos_shufflenet(outputs)
 
 
@@ -73,7 +77,14 @@ TAKEN_OVER = replace(SHORT, architecture=TorchvisionDetector(_build_while_anothe
 def _annotated(
     chosen: Mapping[str, str], *, readable: int = 12, config: str = CONFIG, enlarged: int = 1
 ) -> tuple[Backend, Project]:
-    """Makes a backend with a project whose tasks are annotated, their images enlarged."""
+    """Make a backend with a project of annotated tasks.
+
+    Args:
+        chosen: settings, by their environment names.
+        readable: tasks from the first on whose image can be read.
+        config: label config.
+        enlarged: factor by which the sides of the images are enlarged.
+    """
     known = replace(PROJECT, label_config=config)
     backend = Backend(load_settings(chosen))
     project = backend.ingest.introduce(PROJECT.key, 7, label_config=config)
@@ -111,15 +122,37 @@ def _annotated(
     return backend, project
 
 
-def _train(
+Train = Callable[..., Job]
+
+
+@pytest.fixture
+def train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Train:
+    """Return a function that does a training in a process; it returns the job after that."""
+
+    def run(settings: Mapping[str, str] | None = None, **project: Any) -> Job:
+        backend, claimed = _claimed(tmp_path, monkeypatch, settings, **project)
+        supervise(
+            backend.job_run(claimed, threading.Event()),
+            backend.settings,
+            threading.Event(),
+            prepared={},
+        )
+        said = capfd.readouterr().err
+        assert "Traceback" not in said, said
+        return _job(backend, claimed)
+
+    return run
+
+
+def _claimed(
     folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
     settings: Mapping[str, str] | None = None,
-    *,
-    readable: int = 12,
-    config: str = CONFIG,
-    worker: int | None = None,
-) -> tuple[int, Job]:
-    """Runs a training's process on annotated images; answers how it ended."""
+    **project: Any,
+) -> tuple[Backend, Job]:
+    """Set the environment of a job's process, and claim a training of an annotated project."""
     chosen = {
         "MODEL_DIR": str(folder),
         "ML_BACKEND_PRESET": "tests.test_training_run:SHORT",
@@ -128,33 +161,27 @@ def _train(
         "ML_BACKEND_TRAIN_THREADS": "1",
         **(settings or {}),
     }
-    backend, project = _annotated(chosen, readable=readable, config=config)
-    asked = backend.jobs.consider_training(project.id, trigger="button", forced=True)
-    assert backend.jobs.claim(asked.job) is not None
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "ml_backend.programs.train",
-            str(asked.job),
-            str(worker or os.getpid()),
-        ],
-        env={**os.environ, **chosen},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    for name, value in {**chosen, "PYTHONPATH": str(ROOT)}.items():
+        monkeypatch.setenv(name, value)
+    backend, known = _annotated(chosen, **project)
+    asked = backend.requests.training(known.id, trigger=Trigger.BUTTON, forced=True)
     job = backend.jobs.get(asked.job)
+    assert job is not None
+    claimed = backend.jobs.claim(job.id, job.run, "here")
+    assert claimed is not None
+    return backend, claimed
+
+
+def _job(backend: Backend, claimed: Job) -> Job:
+    job = backend.jobs.get(claimed.id)
     backend.database.close()
     assert job is not None
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.returncode, job
+    return job
 
 
-def test_training_data_key_with_a_slash_ends_done(tmp_path: Path) -> None:
-    status, job = _train(tmp_path)
-    assert (status, job.state) == (0, "done"), job.reason
+def test_training_data_key_with_a_slash_ends_done(train: Train) -> None:
+    job = train()
+    assert job.state == JobState.DONE, job.reason
     assert job.version is not None
     assert "short-12tasks" in job.version
 
@@ -168,46 +195,65 @@ def test_training_data_key_with_a_slash_ends_done(tmp_path: Path) -> None:
     ],
 )
 def test_training_wrong_setting_is_refused_with_its_name(
-    tmp_path: Path, setting: str, value: str
+    train: Train, setting: str, value: str
 ) -> None:
-    status, job = _train(tmp_path, {setting: value})
-    assert (status, job.state) == (REFUSED, "refused")
-    assert job.reason.startswith("refused because of a setting: ")
-    assert setting in job.reason
+    job = train({setting: value})
+    assert job.state == JobState.REFUSED
+    said = words(job.reason)
+    assert said.startswith("refused because of a setting: ")
+    assert setting in said
 
 
-def test_training_loss_of_nan_fails_in_words(tmp_path: Path) -> None:
-    status, job = _train(tmp_path, {"ML_BACKEND_PRESET": "tests.test_training_run:DIVERGING"})
-    assert (status, job.state) == (REFUSED, "failed")
-    assert job.reason.startswith("failed: the loss became nan after 0 steps: a smaller learning")
+def test_training_loss_of_nan_fails_with_a_remedy(train: Train) -> None:
+    job = train({"ML_BACKEND_PRESET": "tests.test_training_run:DIVERGING"})
+    assert job.state == JobState.FAILED
+    said = words(job.reason)
+    assert said.startswith("failed: the loss became nan after 0 steps: a smaller learning")
 
 
-def test_training_taken_over_by_another_worker_ends_and_leaves_the_job(
-    tmp_path: Path,
+def test_training_taken_over_by_another_run_ends_and_leaves_the_job(
+    train: Train, tmp_path: Path
 ) -> None:
-    status, job = _train(tmp_path, {"ML_BACKEND_PRESET": "tests.test_training_run:TAKEN_OVER"})
-    assert (status, job.state, job.version) == (REFUSED, "running", None)
+    job = train({"ML_BACKEND_PRESET": "tests.test_training_run:TAKEN_OVER"})
+    assert (job.state, job.claim, job.version) == (JobState.RUNNING, "of another run", None)
     assert list(tmp_path.glob("projects/*/*")) == []
 
 
-def test_training_dead_worker_ends_before_it_begins(tmp_path: Path) -> None:
-    gone = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True).stdout
-    status, job = _train(tmp_path, worker=int(gone))
-    assert (status, job.state, job.progress) == (1, "running", 0)
+def test_training_dead_worker_ends_before_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend, claimed = _claimed(tmp_path, monkeypatch)
+    gone = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True).stdout.strip()
+    ours, theirs = os.pipe()
+    program = [sys.executable, "-m", PROGRAM, "train", str(claimed.id), str(claimed.claim)]
+    done = subprocess.run(
+        [*program, gone, str(theirs), "{}"],
+        pass_fds=[theirs],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    os.close(theirs)
+    with os.fdopen(ours, "rb") as reports:
+        assert reports.read() == b""
+    assert "Traceback" not in done.stderr, done.stderr
+    job = _job(backend, claimed)
+    assert (done.returncode, job.state, job.progress) == (1, JobState.RUNNING, 0)
     assert list(tmp_path.glob("projects/*/*")) == []
 
 
-def test_training_images_of_one_task_are_refused(tmp_path: Path) -> None:
-    status, job = _train(tmp_path, readable=1, config=TWO_IMAGES)
-    assert (status, job.state) == (REFUSED, "refused")
-    assert job.reason.startswith("refused because all images are one task's")
+def test_training_images_of_one_task_are_refused(train: Train) -> None:
+    job = train(readable=1, config=TWO_IMAGES)
+    assert job.state == JobState.REFUSED
+    assert words(job.reason).startswith("refused because all images are one task's")
 
 
 def test_build_dataset_large_images_become_small_copies_with_boxes_of_the_originals(
     tmp_path: Path,
 ) -> None:
     backend, project = _annotated({"MODEL_DIR": str(tmp_path)}, enlarged=8)
-    told: list[str] = []
+    told: list[Reason] = []
+    decided: list[dict[str, Any]] = []
     copies = tmp_path / "copies"
     copies.mkdir()
     dataset = build_dataset(
@@ -219,7 +265,8 @@ def test_build_dataset_large_images_become_small_copies_with_boxes_of_the_origin
         max_pixels=10**6,
         longest_side=192,
         random_share=0.1,
-        on_progress=lambda fraction, words: told.append(words),
+        store_sides=decided.extend,
+        on_progress=lambda fraction, why: told.append(why),
     )
     backend.database.close()
     assert len(dataset.samples) == 12
@@ -227,4 +274,5 @@ def test_build_dataset_large_images_become_small_copies_with_boxes_of_the_origin
         assert sample.size == (1024, 768)
         assert decode_image(sample.image).size == (256, 192)
         assert sample.boxes == pytest.approx(8 * picture.boxes, abs=0.1)
-    assert told == ["reading images: 10 of 12"]
+    assert [words(why) for why in told] == ["reading images: 10 of 12"]
+    assert [row["task"] for row in decided] == list(range(1, 13))

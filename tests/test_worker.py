@@ -1,4 +1,5 @@
-"""The worker as a process: what it is told to stop is not held against the job."""
+"""Run the worker as a process: stopping it costs its jobs no attempt, and a locked database ends
+none of them."""
 
 from __future__ import annotations
 
@@ -12,7 +13,9 @@ from sqlalchemy import select
 from ml_backend.backend import Backend
 from ml_backend.demo.shapes import ShapeImage, generate
 from ml_backend.settings import load_settings
+from ml_backend.store.states import JobKind, JobState
 from ml_backend.store.tables import Job
+from ml_backend.wording import words
 from tests.conftest import MakeBackend, RunningBackend, capture, wait_for
 
 
@@ -28,31 +31,33 @@ def _trainings(backend: RunningBackend) -> list[psutil.Process]:
     return [
         child
         for child in psutil.Process(backend.pid).children(recursive=True)
-        if "ml_backend.programs.train" in child.cmdline()
+        if {"ml_backend.programs.job", "train"} <= set(child.cmdline())
     ]
 
 
-def test_an_orderly_restart_costs_a_training_no_attempt(make_backend: MakeBackend) -> None:
+def test_worker_told_to_stop_puts_its_training_back_without_costing_an_attempt(
+    make_backend: MakeBackend,
+) -> None:
     backend = make_backend(ML_BACKEND_TRAIN_MIN="100", ML_BACKEND_TRAIN_BUDGET="300")
     seen = Backend(load_settings(backend.settings))
 
     def job() -> Job:
         with seen.database.reading() as session:
-            return session.scalars(select(Job).where(Job.kind == "train")).one()
+            return session.scalars(select(Job).where(Job.kind == JobKind.TRAIN)).one()
 
     for number, image in enumerate(generate(8, seed=31, width=128, height=96), 1):
         _annotate(backend, number, image)
     assert backend.post("/webhook", capture("POST_webhook_START_TRAINING")).ok
     for signum in (signal.SIGTERM, signal.SIGINT):
         (process,) = wait_for(lambda: _trainings(backend), within=20, what="a training runs")
-        assert (job().state, job().attempt) == ("running", 1)
+        assert (job().state, job().attempt) == (JobState.RUNNING, 1)
         psutil.Process(backend.pid).send_signal(signum)
         # Docker, for one, has no more patience than that.
-        wait_for(lambda: job().state == "queued", within=9, what="it is put back")
+        wait_for(lambda: job().state == JobState.QUEUED, within=9, what="it is put back")
         assert not process.is_running()
         assert job().attempt == 0
         backend.stop()
-        assert job().reason.startswith("the worker was stopped; tried again (attempt 1 of")
+        assert words(job().reason).startswith("the worker was stopped; tried again (attempt 1 of")
         backend.start()
-    wait_for(lambda: job().state == "running", within=8, what="it is begun again at once")
+    wait_for(lambda: job().state == JobState.RUNNING, within=8, what="it is begun again at once")
     assert job().attempt == 1

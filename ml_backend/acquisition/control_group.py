@@ -6,7 +6,7 @@ from ml_backend.acquisition.stable_random import chance
 
 
 def is_control(task_id: int, share: float) -> bool:
-    """Whether a task belongs to the control group, which is shown without boxes.
+    """Tells whether a task belongs to the control group, which is shown without boxes.
 
     The id alone decides, so that a task keeps its group; a larger share only adds tasks.
 

@@ -76,7 +76,7 @@ def _box_disagreement(candidates: Detections, first: int, members: npt.NDArray[n
 
 
 def _entropy(p: float) -> float:
-    """Binary entropy, in bits."""
+    """Computes the binary entropy, in bits."""
     if not 0.0 < p < 1.0:
         return 0.0
     return float(-p * np.log2(p) - (1 - p) * np.log2(1 - p))

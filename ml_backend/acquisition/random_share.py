@@ -16,7 +16,7 @@ from ml_backend.detection.types import Detections
 
 
 def in_random_share(task: int, share: float) -> bool:
-    """Whether a task's place in the order is random. The id alone decides, for every version.
+    """Tells whether a task's place in the order is random. The id alone decides, for every version.
 
     Args:
         task: Label Studio's id.

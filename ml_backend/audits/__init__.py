@@ -1,1 +1,1 @@
-"""What people made of predictions, and what the next labels are worth."""
+"""Counts what became of predicted boxes, the time they saved, and the value of further labels."""

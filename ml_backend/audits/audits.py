@@ -58,7 +58,7 @@ class Audits:
         self._label_studios = label_studios
         self._turn = threading.Lock()
         self._away: set[int] = set()
-        # By project: up to where nothing is left to count, and whose cards are to be written.
+        # By project: the revision up to which all is counted, and versions with cards to write.
         self._counted: dict[int, int] = {}
         self._touched: dict[int, set[str]] = {}
 
@@ -79,7 +79,7 @@ class Audits:
             self._turn.release()
 
     def summary(self, project_id: int) -> Summary | None:
-        """What people made of a project's predictions; None where none has been used yet."""
+        """Summarises a project's audits; None where no prediction has been used yet."""
         with self._database.reading() as session:
             return summarise(session, project_id, self._settings)
 
@@ -99,7 +99,7 @@ class Audits:
             return None
         client = self._label_studios.client(project)
         if client is None and project.is_default is None and self._label_studios.default():
-            # It could not be asked whether the project is there.
+            # Label Studio did not answer whether it holds the project.
             return AWAY
         controls = _controls(project)
         until = time.monotonic() + PATIENCE
@@ -130,17 +130,17 @@ class Audits:
         touched |= {known.version for _, known in pending if known is not None}
         self._touched.setdefault(project_id, set()).update(touched & ours)
         if rows:
-            # Others of the last one's revision may be left.
+            # Other annotations of the last one's revision may be left.
             self._counted[project_id] = pending[len(rows) - 1][0].revision
         if wait != 0:
-            # Not after each of many batches: the last one's card is the one that stays.
+            # Between batches the cards are not written: the last batch writes them.
             self._write_cards(project_id)
         return wait
 
     def _store(self, project_id: int, rows: Sequence[dict[str, Any]]) -> None:
         """Writes audits, and the sums that they change, in one transaction."""
         with self._database.session() as session:
-            # The project's lock: of two workers that count the same, the second sees the first's.
+            # The lock on the project lets the second of two workers see the rows of the first.
             project = session.get_one(Project, project_id, with_for_update=True)
             before = {
                 audit.annotation_id: audit
@@ -176,7 +176,7 @@ class Audits:
         versions = self._touched.get(project_id)
         if not versions:
             return
-        # Summed up before the writing begins: meanwhile, webhooks must be able to write.
+        # Summed up before the transaction that writes, which would hold up webhooks.
         summary = self.summary(project_id)
         if summary is not None:
             self._write_into_cards(project_id, summary, versions & set(summary.versions))
@@ -184,8 +184,8 @@ class Audits:
 
     def _write_into_cards(self, project_id: int, summary: Summary, versions: set[str]) -> None:
         with self._database.session() as session:
-            # Whoever changes versions holds their project first: in other orders, two would wait
-            # for each other.
+            # Every transaction that changes versions locks their project first: in another order,
+            # two transactions would wait for each other.
             session.get_one(Project, project_id, with_for_update=True)
             for version in session.scalars(
                 select(ModelVersion).where(
@@ -199,7 +199,7 @@ class Audits:
                 }
 
     def _say_away(self, project: Project, error: LabelStudioError) -> None:
-        """Once for each time that Label Studio is away."""
+        """Logs that Label Studio is away, once until it answers again."""
         if project.id not in self._away:
             self._away.add(project.id)
             _log.warning(
@@ -212,7 +212,7 @@ class Audits:
 def _pending(
     session: Session, project_id: int, since: int
 ) -> list[tuple[Annotation, Audit | None]]:
-    """The next annotations to count, of those that changed in a revision or after it."""
+    """Reads the next annotations to count, of those that changed in a revision or after it."""
     found = session.execute(
         select(Annotation, Audit)
         .outerjoin(Audit, Audit.annotation_id == Annotation.id)
@@ -220,7 +220,7 @@ def _pending(
             Annotation.project_id == project_id,
             Annotation.revision >= since,
             or_(
-                # One that is deleted or skipped now is taken out of the sums.
+                # An annotation that is deleted or skipped by now is taken out of the sums.
                 Audit.revision < Annotation.revision,
                 Audit.annotation_id.is_(None)
                 & Annotation.deleted_at.is_(None)
@@ -242,7 +242,7 @@ def _controls(project: Project) -> Sequence[Control]:
 
 
 def _prediction(client: LabelStudioClient | None, number: int | None) -> PredictionInfo | None:
-    """The prediction; None where there is none, or it cannot be had any more."""
+    """Reads a prediction; None where there is none, or where it was deleted."""
     if client is None or number is None:
         return None
     try:
@@ -298,7 +298,7 @@ def _stands(annotation: Annotation) -> bool:
 
 
 def _taken_out(annotation: Annotation, known: Audit) -> dict[str, Any]:
-    """The row of an audit whose annotation was deleted or skipped: its counts are kept.
+    """Makes the row of an audit whose annotation was deleted or skipped: its counts are kept.
 
     Where the annotation comes back, its prediction may be gone.
     """

@@ -43,22 +43,22 @@ class Boxes:
         )
 
     def as_dict(self) -> dict[str, int]:
-        """The counts by name."""
+        """Returns the counts by name."""
         return asdict(self)
 
     @property
     def predicted(self) -> int:
-        """Boxes that were shown."""
+        """Counts the boxes that were shown."""
         return self.accepted + self.moved + self.relabelled + self.deleted
 
     @property
     def final(self) -> int:
-        """Boxes that the annotations ended up with."""
+        """Counts the boxes that the annotations ended up with."""
         return self.accepted + self.moved + self.relabelled + self.added
 
     @property
     def accepted_share(self) -> float | None:
-        """Share of the predicted boxes that were left alone; None where none was predicted."""
+        """Computes the share of predicted boxes left unchanged; None where none was predicted."""
         return self.accepted / self.predicted if self.predicted else None
 
 
@@ -85,7 +85,7 @@ def compare(predicted: Sequence[Region], annotated: Sequence[Region]) -> Boxes:
 
 
 def by_origin(annotated: Sequence[Region], predicted: int | None) -> Boxes:
-    """Counts by what the editor says of each box (`origin`), where the prediction cannot be read.
+    """Counts by the `origin` that the editor gives each box, where the prediction is gone.
 
     It does not tell moved from relabelled: both count as moved.
 

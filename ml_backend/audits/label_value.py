@@ -35,7 +35,7 @@ _NOISE = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """A version, as far as it tells of the value of labels.
+    """Holds the fields of a version that tell of the value of labels.
 
     Attributes:
         images: that it learned from or was measured on.
@@ -53,7 +53,7 @@ class Version:
 
     @classmethod
     def of(cls, card: Mapping[str, Any]) -> Version | None:
-        """Reads a model card; None where it does not say enough."""
+        """Reads a model card; None where it lacks a field."""
         images, metrics = card.get("data", {}).get("images"), card.get("metrics", {})
         interval = metrics.get("map50_interval")
         if not images or interval is None:
@@ -65,7 +65,7 @@ class Version:
 
 @dataclass(frozen=True, slots=True)
 class LabelValue:
-    """The value of further labels.
+    """Holds the value of further labels.
 
     Attributes:
         gain: mean AP50 that `images` more labelled images will add, most likely; None where that
@@ -89,7 +89,7 @@ class LabelValue:
     reason: Reason
 
     def as_dict(self) -> dict[str, Any]:
-        """The numbers as JSON holds them, without the reason."""
+        """Returns the numbers as JSON holds them, without the reason."""
         return {name: getattr(self, name) for name in self.__slots__ if name != "reason"}
 
 
@@ -140,7 +140,7 @@ def more_images(versions: Sequence[Version], *, every: int, growth: float) -> in
 
 
 def _slope(versions: Sequence[Version]) -> tuple[float, float]:
-    """AP50 for each doubling of the images, and its standard error."""
+    """Fits the AP50 gained with each doubling of the images; also gives its standard error."""
     x = np.log2([v.images for v in versions])
     y = np.array([v.map50 for v in versions])
     deviation = np.array([math.hypot((v.high - v.low) / (2 * _Z), _NOISE) for v in versions])

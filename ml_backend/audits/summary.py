@@ -1,7 +1,8 @@
 """Summarises a project's audits: what became of predicted boxes, and the time that was saved.
 
-What was saved is the time that the same boxes take without predictions, less the time that people
-took. The former is the stated costs, times the factor by which people who saw no boxes took longer.
+The time saved is the time that the same boxes take without predictions, less the time that people
+took. The former is computed from the stated costs, times the factor by which annotations without
+predictions took longer than stated.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ ENOUGH = 5
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How long people took.
+    """Holds the times that people took.
 
     Attributes:
         annotations: those whose time is known.
@@ -42,7 +43,7 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What people made of predictions.
+    """Holds the counts of boxes and the times of annotations that began with predictions.
 
     Attributes:
         annotations: those that began with one.
@@ -60,13 +61,13 @@ class Outcome:
     hours_saved: float | None
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Returns the fields as JSON holds them."""
         return {**asdict(self), "accepted_share": self.boxes.accepted_share}
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A project's audits.
+    """Holds the summary of a project's audits.
 
     Attributes:
         ours: what was made of our predictions, of all versions together.
@@ -83,7 +84,7 @@ class Summary:
     against: Reason
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON holds it; `against` as a code and values."""
+        """Returns the fields as JSON holds them; `against` as a code and values."""
         return {
             **self.ours.as_dict(),
             "versions": {name: outcome.as_dict() for name, outcome in self.versions.items()},

@@ -1,8 +1,8 @@
 """Sums audits, and keeps the sums up to date as audits change.
 
-What a summary needs of a hundred thousand audits are a few sums: they are changed in the same
-transaction as the audits, by subtracting what an audit contributed before and adding what it
-contributes now. All sums are integers, so they equal a recount exactly.
+A summary of a hundred thousand audits needs only a few sums. The transaction that changes an audit
+also changes the sums: it subtracts the audit's former contribution and adds the new one. All sums
+are integers, so they equal a recount exactly.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ Began = Literal["boxes", "blind", "early"]
 
 
 class Group(NamedTuple):
-    """Audits that are summed together: how they began, and the version (empty without one)."""
+    """Names the audits that are summed together: how they began, and the version (or empty)."""
 
     began: str
     version: str
 
 
 class Audited(Protocol):
-    """The columns of an audit that count: a row of a query, or an `Audit`."""
+    """Describes the columns of an audit that are summed: a row of a query, or an `Audit`."""
 
     version: str | None
     blind: bool
@@ -52,7 +52,7 @@ class Audited(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Basis:
-    """What sums depend on besides the audits: where it changes, all is summed anew.
+    """Holds the values that sums depend on besides the audits: a change requires a new sum.
 
     Attributes:
         look: stated seconds for an image.
@@ -85,7 +85,7 @@ class Basis:
 
 @dataclass(slots=True)
 class Totals:
-    """Sums of audits.
+    """Holds the sums of audits.
 
     Attributes:
         annotations: how many.
@@ -105,12 +105,15 @@ class Totals:
 
     @property
     def seconds(self) -> float:
-        """The time that the timed ones took."""
+        """Computes the time that the timed annotations took."""
         return self.milliseconds / 1000
 
     @property
     def median(self) -> float:
-        """Median time of the timed ones, which must not be none: within 0.5 %, by rounded times."""
+        """Computes the median time of the timed annotations, of which there must be one.
+
+        Times are rounded, so that the median is right within 0.5 %.
+        """
         ordered = sorted((float(time), count) for time, count in self.times.items() if count)
         low, high = (self.timed - 1) // 2, self.timed // 2
         found, passed = [], 0
@@ -200,7 +203,7 @@ def replace_totals(database: Database, project_id: int, settings: Settings) -> N
     with database.session() as session:
         project = session.get_one(Project, project_id, with_for_update=True)
         if _state(session, project_id) != state:
-            # Another worker has counted meanwhile.
+            # Another worker has written audits meanwhile.
             sums = sum_audits(session, project_id, basis)
         _replace(session, project, basis, sums)
 
@@ -224,7 +227,7 @@ def sum_audits(session: Session, project_id: int, basis: Basis) -> dict[Group, T
 
 
 def _state(session: Session, project_id: int) -> tuple[int, int]:
-    """Count and revisions of a project's audits: they differ once one was written."""
+    """Reads count and revisions of a project's audits, which tell whether one was written."""
     count, revisions = session.execute(
         select(func.count(), func.coalesce(func.sum(Audit.revision), 0)).where(
             Audit.project_id == project_id

@@ -1,4 +1,4 @@
-"""The application: all commands, and how their failures are reported."""
+"""Makes the application of all commands, and reports their failures."""
 
 from __future__ import annotations
 
@@ -50,13 +50,14 @@ def main() -> None:
 
 
 def _outer_cause(error: Exception) -> str | None:
-    """Names the failing thing outside this program, and its setting; None for a fault of ours."""
+    """Describes a failure outside this program, with its setting; None for a fault of ours."""
     from sqlalchemy.exc import DatabaseError
 
+    from ml_backend.extensions import ExtensionError
     from ml_backend.label_studio.client import LabelStudioError
     from ml_backend.store.database import is_outside
 
-    if isinstance(error, LabelStudioError):
+    if isinstance(error, LabelStudioError | ExtensionError):
         return str(error)
     settings = load_settings()
     if isinstance(error, DatabaseError) and is_outside(error):

@@ -1,4 +1,4 @@
-"""`connect` and `doctor`: a project's connection, made and examined."""
+"""`connect` and `doctor`: make and examine a project's connection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`train` and `autolabel`: jobs that an admin asks for."""
+"""`train` and `autolabel`: ask for jobs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def autolabel(
             "predictions cannot be imported without LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY "
             "(Label Studio shows the token under Account & Settings)"
         )
-    # The job would wait for a Label Studio that fails; an admin should hear of it now.
+    # The job would wait for a failing Label Studio; this request shows the failure at once.
     client.project(row.label_studio_id)
     asked = backend.requests.autolabel(row.id, trigger=Trigger.COMMAND, forced=True)
     assert asked is not None
@@ -69,7 +69,7 @@ def autolabel(
 
 
 def _show(job: Job, reason: Reason, as_json: bool) -> None:
-    """Prints how a job is.
+    """Prints state and reason of a job.
 
     Raises:
         typer.Exit: the job was refused, or has failed.
@@ -84,7 +84,7 @@ def _show(job: Job, reason: Reason, as_json: bool) -> None:
 
 
 def _read_back(backend: Backend, project: Project) -> bool:
-    """Reads back annotations that no webhook told of; says a failure, and answers False then."""
+    """Reads back missed annotations; after a failure, prints it and answers False."""
     from ml_backend.label_studio.client import LabelStudioError
     from ml_backend.projects.reconcile import reconcile
 

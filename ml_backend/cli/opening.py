@@ -1,4 +1,4 @@
-"""Opens what commands work on: settings, the backend, a project of it."""
+"""Opens settings, backend and project for commands."""
 
 from __future__ import annotations
 
@@ -57,17 +57,21 @@ def find_project(backend: Backend, name: str) -> Project:
 
 
 def check_device(settings: Settings) -> str:
-    """Describes the device; a device or preset that would fail in the first training fails here.
+    """Describes the device, once device, preset, weights and extensions are known to be usable.
 
-    This imports torch.
+    Any of them would otherwise fail in the first request or training. This imports torch.
 
     Raises:
         SettingsError: preset or weights cannot be used.
+        ExtensionError: another package's extension cannot be imported.
+        typer.Exit: the device cannot be used.
     """
     from ml_backend.detection.device import DeviceError, describe_device, resolve_device
     from ml_backend.detection.presets import check
+    from ml_backend.extensions import check_extensions
     from ml_backend.remedies import with_remedy
 
+    check_extensions()
     try:
         device = resolve_device(settings.device)
         check(settings.preset, settings.weights, device)

@@ -1,4 +1,4 @@
-"""What every command writes with: the two consoles, errors, JSON, and common cells."""
+"""Writes the output of commands: two consoles, errors, JSON, and common cells."""
 
 from __future__ import annotations
 

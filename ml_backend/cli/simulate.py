@@ -1,4 +1,4 @@
-"""`simulate`: campaigns on labelled images."""
+"""`simulate`: runs campaigns on labelled images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`status`: projects, their live versions, and their jobs."""
+"""`status`: shows projects, their live versions, and their jobs."""
 
 from __future__ import annotations
 

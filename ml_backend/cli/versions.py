@@ -1,4 +1,4 @@
-"""`versions`, `promote` and `rollback`: a project's model versions, and which is live."""
+"""`versions`, `promote` and `rollback`: list model versions and choose the live one."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def versions(project: ProjectOption, as_json: JsonOption = False) -> None:
 
 
 def _card(card: dict[str, Any]) -> dict[str, Any]:
-    """A model card, with words for what its audits are measured against."""
+    """Adds words to a model card: the basis that its audits are measured against."""
     from ml_backend.wording.audits import with_words
 
     return {**card, "audits": with_words(card["audits"])} if "audits" in card else card

@@ -92,12 +92,12 @@ class Folder:
 
     @property
     def json_contents(self) -> list[tuple[PurePosixPath, Any]]:
-        """The JSON files at most one folder down, or in its `annotations`, with their contents."""
+        """Reads the JSON files at most one folder down, or in its `annotations`."""
         return self._parsed_json[0]
 
     @property
     def unreadable_json(self) -> dict[PurePosixPath, DatasetError]:
-        """Those of these JSON files that cannot be parsed, and the error of each."""
+        """Lists the JSON files that cannot be parsed, with the error of each."""
         return self._parsed_json[1]
 
     def scope_of(self, annotations: PurePosixPath) -> Scope:

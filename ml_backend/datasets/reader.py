@@ -11,8 +11,8 @@ import numpy as np
 
 from ml_backend.datasets.folder import ANNOTATION_FOLDERS, MISSING, Folder
 from ml_backend.datasets.formats.base import AnnotatedImage, Annotations, DatasetFormat
-from ml_backend.datasets.image_size import upright_size
 from ml_backend.datasets.types import DatasetError, LabelledData, Omissions
+from ml_backend.detection.decoding import UndecodableImage, image_size
 from ml_backend.detection.types import FloatArray, Sample
 from ml_backend.extensions import DATASET_FORMATS
 
@@ -124,8 +124,8 @@ def _nothing_usable(path: Path, images: int, omissions: Omissions) -> str:
 
 def _labelled(annotated: AnnotatedImage, root: Path, omissions: Omissions) -> _Labelled | None:
     try:
-        width, height = upright_size(root / annotated.image)
-    except (OSError, SyntaxError, ValueError):
+        width, height = image_size(root / annotated.image, max_pixels=None)
+    except (UndecodableImage, OSError):
         omissions.add("the image file cannot be read", annotated.image)
         return None
     stated = annotated.size

@@ -8,8 +8,8 @@ from pathlib import Path, PurePosixPath
 
 from ml_backend.datasets.folder import IMAGE_SUFFIXES
 from ml_backend.datasets.formats.base import AnnotatedImage, Annotations, DatasetFormat
-from ml_backend.datasets.image_size import upright_size
 from ml_backend.datasets.types import DatasetError, LabelledData
+from ml_backend.detection.decoding import UndecodableImage, image_size
 from ml_backend.detection.types import Sample
 from ml_backend.extensions import DATASET_FORMATS
 
@@ -40,8 +40,8 @@ def write_dataset(dataset: LabelledData, folder: Path, format: str) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             shutil.copyfile(sample.image, target)
-            size = upright_size(target)
-        except (OSError, SyntaxError, ValueError) as error:
+            size = image_size(target, max_pixels=None)
+        except (UndecodableImage, OSError) as error:
             raise DatasetError(
                 f"{sample.image} cannot be read ({error}): the data set is not written completely"
             ) from error
@@ -55,7 +55,7 @@ def write_dataset(dataset: LabelledData, folder: Path, format: str) -> None:
 
 
 def _places(samples: Iterable[Sample], image_folder: PurePosixPath) -> list[PurePosixPath]:
-    """A path for each image file, each without suffix different from all others."""
+    """Makes a path for each image file; no two are equal without their suffix."""
     taken: set[str] = set()
     places: list[PurePosixPath] = []
     for sample in samples:

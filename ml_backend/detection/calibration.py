@@ -53,7 +53,7 @@ class Curve:
     spread: tuple[float, ...] = (1.0, 1.0)
 
     def __call__(self, found: Detections) -> npt.NDArray[np.float32]:
-        """Calibrated confidences of detections, float32 `[N]`; their size must be known."""
+        """Calibrates the confidences of detections of known size; answers float32 `[N]`."""
         rest = _surroundings(found, np.array(self.centre), np.array(self.spread))
         z = self.slope * _logit(found.scores) + self.intercept
         z += rest @ np.array((*self.edges, *self.size))

@@ -112,18 +112,22 @@ def decode_reduced(
     return ReducedImage(pixels, size)
 
 
-def image_size(source: bytes | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Reads width and height in pixels of the upright image from the header, without decoding.
+def image_size(source: bytes | Path, *, max_pixels: int | None = MAX_PIXELS) -> tuple[int, int]:
+    """Reads width and height, in pixels, of the upright image from its header, without decoding.
+
+    Args:
+        source: the encoded bytes, or the file that holds them.
+        max_pixels: as in `decode_image`; None for no limit, since no pixel is decoded.
 
     Raises:
-        UndecodableImage: as `decode_image`; damage behind the header goes unnoticed.
+        UndecodableImage: as `decode_image`; damage behind the header is not noticed.
     """
     with _open(source, max_pixels) as image:
         return _upright(image)
 
 
 @contextmanager
-def _open(source: bytes | Path, max_pixels: int) -> Iterator[Image.Image]:
+def _open(source: bytes | Path, max_pixels: int | None) -> Iterator[Image.Image]:
     """Opens an image, and turns errors of Pillow within the block into `UndecodableImage`."""
     if (isinstance(source, Path) and source.stat().st_size == 0) or source == b"":
         raise UndecodableImage("the image is empty (0 bytes)")
@@ -132,7 +136,7 @@ def _open(source: bytes | Path, max_pixels: int) -> Iterator[Image.Image]:
         with Image.open(
             source if isinstance(source, Path) else io.BytesIO(source), formats=FORMATS
         ) as image:
-            if image.width * image.height > max_pixels:
+            if max_pixels is not None and image.width * image.height > max_pixels:
                 raise UndecodableImage(
                     f"the image has {image.width} x {image.height} pixels, more than the "
                     f"{max_pixels:,} allowed",

@@ -279,18 +279,18 @@ class _Matched:
     def ranked(
         self, c: int, chosen: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.float32], _Bools]:
-        """Scores `[D]`, descending, and hits `[thresholds, D]`, of a class over chosen images."""
+        """Ranks a class over chosen images: scores `[D]`, descending; hits `[thresholds, D]`."""
         return self._classes[c].ranked(np.bincount(chosen, minlength=len(self.boxes)))
 
     def recall(self, c: int) -> float:
-        """Share of a class's boxes that are found at IoU 0.5."""
+        """Computes the share of a class's boxes that are found at IoU 0.5."""
         _, hits = self.ranked(c, np.arange(len(self.boxes)))
         return float(hits[0].sum() / max(1, self.boxes[:, c].sum()))
 
     def average_precision(
         self, chosen: npt.NDArray[np.int64], thresholds: Sequence[float]
     ) -> _Floats:
-        """`[thresholds, classes]`; NaN where the chosen images hold no box of a class."""
+        """Computes AP, `[thresholds, classes]`; NaN where the images hold no box of a class."""
         result = np.full((len(thresholds), len(self._classes)), np.nan)
         support = self.boxes[chosen].sum(axis=0)
         for c in range(len(self._classes)):
@@ -339,7 +339,7 @@ def _match(
     truth: npt.NDArray[np.float32],
     thresholds: Sequence[float] = THRESHOLDS,
 ) -> _Bools:
-    """Greedy matching in order of confidence, as pycocotools does; `[thresholds, D]`."""
+    """Matches greedily in order of confidence, as pycocotools does; answers `[thresholds, D]`."""
     hits = np.zeros((len(thresholds), len(boxes)), bool)
     if not len(truth):
         return hits

@@ -46,8 +46,8 @@ class ThreadDataParallel:
         self._architecture = architecture
         self._bfloat16 = bfloat16
         self._modules = [module] + [copy.deepcopy(module) for _ in range(count - 1)]
-        for replica in self._modules[1:]:
-            for own, shared in zip(replica.parameters(), module.parameters(), strict=True):
+        for copied in self._modules[1:]:
+            for own, shared in zip(copied.parameters(), module.parameters(), strict=True):
                 own.data = shared.data
         self._pool = ThreadPoolExecutor(count) if count > 1 else None
 

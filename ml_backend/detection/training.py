@@ -52,7 +52,7 @@ _VALIDATION_SHARE = 0.2
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss is no number any more."""
+    """The loss became NaN or infinite."""
 
 
 class NothingToLearn(ValueError):
@@ -325,7 +325,7 @@ class _Run:
         )
 
     def close(self) -> None:
-        """Ends its threads."""
+        """Ends the threads of the training."""
         self._parallel.close()
 
     @property

@@ -1,1 +1,1 @@
-"""Looks at everything that must be right."""
+"""Examines machine, server, Label Studio and project, and names the remedy for each fault."""

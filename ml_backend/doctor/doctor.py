@@ -1,4 +1,4 @@
-"""Looks at everything that must be right, and says what to do where something is not."""
+"""Runs all checks in their order, and yields their findings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A finding of the doctor, and what its checks look at."""
+"""Defines findings of the doctor, and the parts of a backend that its checks examine."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ml_backend.store.database import Database
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The outcome of one check.
+    """Holds the outcome of one check.
 
     Attributes:
-        what: the thing that was looked at.
+        what: the thing that was examined.
         status: `ok`, `warning` or `error`.
         detail: what was found.
         remedy: what to do, where something is to be done.
@@ -31,7 +31,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Examined:
-    """A backend, as checks look at it.
+    """Holds the parts of a backend that checks examine.
 
     Attributes:
         settings: what the admin set.
@@ -49,4 +49,4 @@ class Examined:
 
 
 Check = Callable[[Examined], Iterable[Finding]]
-"""Looks at one thing, or several of a kind; its docstring says at what."""
+"""Examines one thing, or several of a kind; its docstring names them."""

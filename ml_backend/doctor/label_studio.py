@@ -1,4 +1,4 @@
-"""Checks of Label Studio: address, token, and how it answered of late."""
+"""Checks Label Studio: address, token, and its recent answers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ml_backend.label_studio.client import LabelStudioError
 
 
 def reached(backend: Examined) -> Iterable[Finding]:
-    """Looks whether Label Studio answers, and takes the token."""
+    """Checks whether Label Studio answers and accepts the token."""
     client = backend.label_studios.default()
     if client is None:
         missing = [
@@ -42,7 +42,7 @@ def reached(backend: Examined) -> Iterable[Finding]:
 
 
 def failing(backend: Examined) -> Iterable[Finding]:
-    """Looks which requests of server and worker fail: these may reach what the doctor does not."""
+    """Lists the requests of server and worker that fail, also to other Label Studios."""
     for contact in backend.label_studios.connectivity.all():
         if contact.failing_since is not None:
             yield Finding(

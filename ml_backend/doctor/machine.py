@@ -1,4 +1,4 @@
-"""Checks of this machine: disk, device, weights, and the live versions' artefacts."""
+"""Checks this machine: disk, device, weights, and the live versions' artefacts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ENOUGH_DISK = 2 * 2**30
 
 
 def disk(backend: Examined) -> Iterable[Finding]:
-    """Looks at the free space of `MODEL_DIR`."""
+    """Checks the free space of `MODEL_DIR`."""
     free = shutil.disk_usage(backend.settings.model_dir).free
     where = f"{free / 2**30:.1f} GiB free in {backend.settings.model_dir}"
     if free < _ENOUGH_DISK:
@@ -39,7 +39,7 @@ def disk(backend: Examined) -> Iterable[Finding]:
 
 
 def device(backend: Examined) -> Iterable[Finding]:
-    """Looks whether the device of the settings can be used."""
+    """Checks whether the device of the settings can be used."""
     try:
         device = resolve_device(backend.settings.device)
     except DeviceError as error:
@@ -49,7 +49,7 @@ def device(backend: Examined) -> Iterable[Finding]:
 
 
 def weights(backend: Examined) -> Iterable[Finding]:
-    """Looks whether the weights of the settings can be had."""
+    """Checks whether the weights of the settings can be loaded."""
     if backend.settings.weights == "none":
         return [Finding("weights", "ok", "none, as set: trainings start from nothing")]
     try:
@@ -72,7 +72,7 @@ def weights(backend: Examined) -> Iterable[Finding]:
 
 
 def live_versions(backend: Examined) -> Iterable[Finding]:
-    """Looks whether the live versions can be loaded; the version before serves where not."""
+    """Checks whether the live versions can be loaded; otherwise the version before serves."""
     with backend.database.reading() as session:
         projects = session.scalars(select(Project).where(Project.live_version.is_not(None)))
         live = [(p.key, p.live_version or "") for p in projects]

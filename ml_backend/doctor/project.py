@@ -1,4 +1,4 @@
-"""Checks of a project: label config, connection, webhook, image."""
+"""Checks a project: label config, connection, webhook, image."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _HEARD_WITHIN = 5.0
 
 
 def project(backend: Examined, client: LabelStudioClient, number: int) -> Iterator[Finding]:
-    """Looks at a project: label config, connection, webhook, and whether an image can be read."""
+    """Checks a project: label config, connection, webhook, and whether an image can be read."""
     try:
         info = client.project(number)
     except LabelStudioError as error:
@@ -72,12 +72,12 @@ def project(backend: Examined, client: LabelStudioClient, number: int) -> Iterat
 
 
 def _known_labels(backend: Examined, config: LabelConfig) -> Iterator[Finding]:
-    """Tells which labels COCO's weights know: these serve until the first training."""
+    """Lists the labels that COCO's weights know, which serve until the first training."""
     try:
         device = resolve_device(backend.settings.device)
         known = preset_named(backend.settings.preset, device).architecture.published_labels
     except (DeviceError, ValueError):
-        # Said already, of the device or of the weights.
+        # The checks of device and weights have reported the error already.
         return
     if known is None or backend.settings.weights == "none":
         return
@@ -153,7 +153,7 @@ def _webhook(
         )
         return
     yield Finding("webhook", "ok", f"Label Studio has one to {address}")
-    # Saying the project's title again makes Label Studio send PROJECT_UPDATED.
+    # Writing the unchanged title makes Label Studio send PROJECT_UPDATED.
     asked_at = now()
     client.update_project(info.id, title=info.title)
     until = time.monotonic() + _HEARD_WITHIN

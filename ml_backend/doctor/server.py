@@ -1,4 +1,4 @@
-"""The check of the server: does it answer where Label Studio reaches it?"""
+"""Checks whether the server answers at the address under which Label Studio reaches it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _TIMEOUT = 2
 
 
 def server(backend: Examined) -> Iterable[Finding]:
-    """Looks whether the server answers at the connections' addresses, or at `HOST:PORT`.
+    """Checks whether the server answers at the connections' addresses, or at `HOST:PORT`.
 
-    A connection's address may be good inside Label Studio's network alone: then it is enough that
-    the server answers at `HOST:PORT`.
+    A connection's address may be reachable only from Label Studio's network: then an answer at
+    `HOST:PORT` suffices.
     """
     own = backend.settings.own_url
     for url in _connection_urls(backend) or [own]:
@@ -45,7 +45,7 @@ def server(backend: Examined) -> Iterable[Finding]:
 
 
 def _connection_urls(backend: Examined) -> list[str]:
-    """The addresses of the project's connection, or of all connections where none is named."""
+    """Reads the address of the project's connection, or those of all where none is named."""
     query = select(Project.connection_url).where(Project.connection_url.is_not(None)).distinct()
     if backend.project is not None:
         query = query.where(
@@ -56,7 +56,7 @@ def _connection_urls(backend: Examined) -> list[str]:
 
 
 def _failure(url: str) -> str | None:
-    """Why the server does not answer at an address; None where it does."""
+    """Requests `/health` at an address; names the failure, or answers None."""
     try:
         requests.get(f"{url}/health", timeout=_TIMEOUT).raise_for_status()
     except requests.RequestException as error:

@@ -1,1 +1,1 @@
-"""The doors: Flask blueprints that decode a request, hand it on, and encode the answer."""
+"""Serves HTTP: Flask blueprints that decode a request, hand it on, and encode the answer."""

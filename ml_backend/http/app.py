@@ -1,4 +1,4 @@
-"""The Flask application. `create_app` is what gunicorn serves."""
+"""Makes the Flask application that gunicorn serves."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 from flask import Flask, Response, g, request
 
 from ml_backend.backend import Backend
+from ml_backend.extensions import check_extensions
 from ml_backend.http import (
     delete,
     duplicate_model,
@@ -33,12 +34,14 @@ def create_app(backend: Backend | None = None) -> Flask:
     """Makes the application.
 
     Args:
-        backend: what it serves; made from the settings where not given.
+        backend: the backend to serve; made from the settings by default.
 
     Raises:
         SettingsError: a setting is unknown or wrong.
         DeviceError: the device of the settings cannot be used.
+        ExtensionError: another package's extension cannot be imported.
     """
+    check_extensions()
     backend = backend or Backend(load_settings())
     logging.basicConfig(
         level=backend.settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -66,7 +69,8 @@ def create_app(backend: Backend | None = None) -> Flask:
         openapi,
     ):
         app.register_blueprint(part.blueprint)
-    # A device that cannot be used stops the start, and the first request waits for nothing.
+    # Here, a device that cannot be used stops the start. The models are loaded now, so that the
+    # first request does not wait for them.
     backend.models.own_device()
     threading.Thread(target=lambda: backend.serving, daemon=True).start()
     return app

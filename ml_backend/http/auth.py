@@ -1,4 +1,4 @@
-"""Who may ask: basic authentication on everything but `/health`, and the webhook's secret."""
+"""Checks basic authentication, on every endpoint but `/health`, and the webhook's secret."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def require_authentication() -> Response | None:
     if request.path == "/health":
         return None
     if "Origin" in request.headers and request.method != "GET":
-        # Label Studio's server sends none: some page asks, in the browser of who may reach us.
+        # Only browsers send this header: a web page would use the access of whoever opened it.
         return error_response(403, "web pages may not ask: Label Studio's server and programs do")
     secret = settings.webhook_secret
     if secret is not None and request.path == "/webhook":
@@ -49,7 +49,7 @@ def require_authentication() -> Response | None:
 
 
 def _credentials(header: str) -> bytes:
-    """`user:password` of a Basic header, as it was sent; empty where there is none."""
+    """Reads `user:password` of a Basic header, as it was sent; empty without such a header."""
     scheme, _, encoded = header.partition(" ")
     if scheme.lower() != "basic":
         return b""

@@ -1,7 +1,7 @@
-"""Errors as an admin reads them.
+"""Answers errors in one sentence that an admin can read.
 
-Label Studio shows of a failed request only what `requests` makes of it: status and reason phrase.
-So the reason phrase of our errors is the message itself, shortened; the body holds it whole.
+Of a failed request Label Studio shows only the status and the reason phrase, which `requests` puts
+into its exception. So the reason phrase is the message itself, shortened; the body holds it whole.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class BadRequest(ValueError):
-    """The request is wrong; the text names what, and the remedy."""
+    """Says that a request is wrong; the text names the fault and the remedy."""
 
 
 def error_response(status: int, message: str) -> Response:
-    """A JSON error whose reason phrase says what is wrong."""
+    """Makes a JSON error whose reason phrase is its message, shortened."""
     response = jsonify(error=message)
     phrase = " ".join(message.split()).encode("latin-1", "replace").decode("latin-1")
     # gunicorn answers 500 instead of a status line that holds one.
@@ -73,7 +73,7 @@ def register(app: Flask) -> None:
     def no_database(error: DatabaseError | sqlite3.DatabaseError) -> Response:
         if not is_outside(error):
             return unexpected(error)
-        # Not ours to mend, and nothing was acknowledged; the log needs no traceback for it.
+        # The cause lies outside this program: the log needs no traceback.
         cause = error.orig if isinstance(error, DatabaseError) else error
         words = f"the database or the queue cannot be used: {cause}"
         _log.error("a request failed: %s", words)

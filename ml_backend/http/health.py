@@ -1,4 +1,7 @@
-"""`GET /health` and `GET /`: is it up? Asked before everything else, so it touches nothing."""
+"""`GET /health` and `GET /`: tells that the server is up.
+
+Label Studio asks before each other request, so the answer needs no database and no model.
+"""
 
 from __future__ import annotations
 

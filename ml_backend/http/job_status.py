@@ -1,4 +1,4 @@
-"""`POST /job_status`: how a job is doing, in words."""
+"""`POST /job_status`: tells state, progress and reason of a job."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ blueprint = Blueprint("job_status", __name__)
 
 
 class JobStatus(BaseModel):
-    """The body: the job that `/train` or START_TRAINING answered."""
+    """Holds the body: the job that `/train` or START_TRAINING answered."""
 
     job: str | int
 

@@ -1,7 +1,7 @@
-"""`GET /openapi.json`: what this server takes and answers, as OpenAPI 3.1.
+"""`GET /openapi.json`: describes requests and answers of this server, as OpenAPI 3.1.
 
-Bodies come from the models that check them. Errors are one sentence in `error`, with the same
-sentence as the reason phrase.
+The schemas of bodies are made of the models that check them. An error is one sentence in `error`,
+and the same sentence, shortened, as the reason phrase.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from ml_backend.http.setup import Setup
 from ml_backend.http.train import Train
 from ml_backend.http.validate import Validate
 from ml_backend.projects.connect import SECRET_HEADER
+from ml_backend.reasons import Code
+from ml_backend.store.states import JobKind, JobState
 
 blueprint = Blueprint("openapi", __name__)
 
@@ -32,7 +34,7 @@ _COUNT: Schema = {"type": "integer", "minimum": 0}
 
 
 def _object(optional: tuple[str, ...] = (), **properties: Schema) -> Schema:
-    """An object of just these properties."""
+    """Makes the schema of an object that has these properties and no others."""
     return {
         "type": "object",
         "properties": properties,
@@ -57,7 +59,20 @@ _ID = {"type": "integer", "minimum": 0, "maximum": 2**63 - 1}
 _MOMENT = {"type": "string", "format": "date-time"}
 _UP = _object(status={"const": "UP"}, model_class=_TEXT)
 _DONE = _object(status={"const": "ok"}, detail=_TEXT)
-_ASKED = _object(job=_COUNT, status=_TEXT, reason=_TEXT)
+_REASON: dict[str, Schema] = {
+    "reason": {**_TEXT, "description": "The reason in words, for people."},
+    "reason_code": {
+        **_TEXT,
+        "description": "The same reason for programs: the code does not change with the words.",
+        "examples": [str(Code.ASKED_FOR), str(Code.QUIET_TIME)],
+    },
+    "reason_values": {
+        "type": "object",
+        "description": "The values that the words mention; a value may be a reason itself, with "
+        "`code` and `values`.",
+    },
+}
+_ASKED = _object(optional=(), job=_COUNT, status={"enum": list(map(str, JobState))}, **_REASON)
 _SCHEMAS: dict[str, Schema] = {
     "Error": _object(error=_TEXT),
     "Prediction": _object(
@@ -66,10 +81,11 @@ _SCHEMAS: dict[str, Schema] = {
         model_version=_TEXT,
     ),
     "Job": _object(
+        optional=(),
         job=_COUNT,
-        kind=_TEXT,
-        job_status=_TEXT,
-        reason=_TEXT,
+        kind={"enum": list(map(str, JobKind))},
+        job_status={"enum": list(map(str, JobState))},
+        **_REASON,
         progress={"type": "number", "minimum": 0, "maximum": 1},
         created_at=_MOMENT,
         finished_at={"anyOf": [_MOMENT, {"type": "null"}]},
@@ -135,7 +151,13 @@ def _answer(schema: Schema, kind: str = "application/json", *, of: int = 200) ->
 def _operation(
     summary: str, answers: dict[int, Schema], body: type[BaseModel] | str | None = None
 ) -> Schema:
-    """What a path answers, and takes: a model's JSON, or that of a schema above."""
+    """Describes an operation, with the errors that it may answer.
+
+    Args:
+        summary: one line.
+        answers: schema by status.
+        body: the model that checks the body, or the name of a schema above.
+    """
     errors = [400, 403, 413] if body is not None else []
     if summary != _HEALTH:
         errors += [401, 503]
@@ -160,7 +182,7 @@ _HEALTH = "Is it up?"
 
 @functools.cache
 def description() -> Schema:
-    """The whole description."""
+    """Makes the whole description."""
     _, bodies = models_json_schema(
         [(model, "validation") for model in _BODIES], ref_template="#/components/schemas/{model}"
     )

@@ -1,4 +1,4 @@
-"""`POST /predict`: boxes for tasks, as many as are done by the deadline."""
+"""`POST /predict`: answers boxes for tasks, as far as these are done by the deadline."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ blueprint = Blueprint("predict", __name__)
 _log = logging.getLogger(__name__)
 
 MOST_TASKS = 100_000
-"""Tasks of a request: more could not even be read within its time."""
+"""Tasks of a request at most: reading more takes longer than Label Studio waits."""
 
 
 class TaskToPredict(BaseModel):
-    """A task, of which only what matters here is looked at."""
+    """Holds the fields of a task that a prediction needs."""
 
     id: StrictInt | None = None
     data: dict[str, Any] = Field(default_factory=dict)
 
 
 class Predict(BaseModel):
-    """The body, as Label Studio sends it."""
+    """Holds the body, as Label Studio sends it."""
 
     tasks: list[TaskToPredict]
     project: str | None = None
@@ -46,8 +46,8 @@ class Predict(BaseModel):
 def predict() -> dict[str, Any]:
     """Answers one entry for each task, in order; an empty list for a task without an answer.
 
-    Where too many others are worked on, it answers at once, and the tasks are finished afterwards
-    like those past the deadline.
+    While as many requests as `predicts_at_a_time` are being worked on, a further one is answered
+    at once with empty lists, and a job predicts its tasks, like the tasks past the deadline.
     """
     deadline = time.monotonic() + backend().settings.predict_deadline
     body = read_body(Predict)
@@ -63,7 +63,7 @@ def predict() -> dict[str, Any]:
         project = find_project(body.project or "")
         config = parse_label_config(body.label_config or project.label_config)
     tasks = [task.model_dump() for task in body.tasks]
-    # Without waiting: whoever waits takes a thread from health, setup and webhooks.
+    # A request that waited for others would keep a thread from `/health`, `/setup` and webhooks.
     if predicting().acquire(blocking=False):
         try:
             predicted = backend().serving.predict(project, config, tasks, deadline=deadline)
@@ -85,7 +85,10 @@ def predict() -> dict[str, Any]:
 
 
 def _hand_over(project: Project, tasks: list[dict[str, Any]], what: str) -> None:
-    """Leaves tasks to the worker; what is predicted by then is answered, even where that fails."""
+    """Asks for a job that predicts tasks.
+
+    A failing database is only logged, so that the finished predictions can be answered.
+    """
     try:
         job = backend().requests.deferred_predictions(project.id, tasks)
     except (DatabaseError, sqlite3.DatabaseError) as error:

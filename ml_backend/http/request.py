@@ -1,4 +1,4 @@
-"""What every endpoint needs of the running application."""
+"""Reads requests, for all endpoints: the backend they are for, their bodies, their project."""
 
 from __future__ import annotations
 
@@ -19,47 +19,47 @@ from ml_backend.projects import find as projects
 from ml_backend.store.tables import Project
 
 Body = TypeVar("Body", bound=BaseModel)
-# Where it occurs, what was read may hold half a character, or NUL: that takes a closer look.
+# Escapes of surrogates and of NUL: only a body with one of them is searched for such characters.
 _SUSPECT = re.compile(rb"\\u(?:[dD][89a-fA-F]|0000)")
 _OPENING = (b"{", b"[")
 MOST = 1_000_000
-"""Objects and lists of a body: a million take a second, during which nobody else is answered."""
+"""Objects and lists of a body at most: parsing a million keeps other requests waiting for 1 s."""
 DEEPEST = 100
-"""Levels of a body: what is deeper is read by one process and not by the next, whose calls are."""
+"""Levels of a body at most: beyond, Python's recursion limit decides whether a body is read."""
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 
 def backend() -> Backend:
-    """The backend that this application serves."""
+    """Returns the backend that this application serves."""
     return cast(Backend, current_app.extensions["ml_backend"])
 
 
 def predicting() -> threading.BoundedSemaphore:
-    """Held by each request to predict that is worked on."""
+    """Returns the semaphore that each request to predict holds while it is worked on."""
     return cast(threading.BoundedSemaphore, current_app.extensions["predicting"])
 
 
 def read_json() -> dict[str, Any]:
-    """The request's body, a JSON object.
+    """Reads the request's body, a JSON object.
 
     Raises:
-        BadRequest: it is something else, or holds what no database and no answer can hold: half a
-            character (a lone surrogate), NUL, NaN, an infinite number, level upon level, or more
-            than anyone reads; or it did not arrive whole.
-        RequestEntityTooLarge: it is larger than the settings allow.
+        BadRequest: the body is no JSON object or did not arrive whole, or it holds a lone
+            surrogate, NUL, NaN or an infinite number, which databases and answers cannot hold, or
+            more objects than `MOST` or levels than `DEEPEST`.
+        RequestEntityTooLarge: the body is larger than the settings allow.
     """
     try:
         data = request.get_data()
     except (ParseException, ClientDisconnected, OSError) as error:
         raise BadRequest(f"the body did not arrive whole ({type(error).__name__})") from error
     limit = request.max_content_length
-    # A body in chunks says its size by its end, and is cut off at the limit.
+    # Without a stated length (chunks), Werkzeug cuts the body off at the limit.
     if request.content_length is None and limit and len(data) >= limit:
         raise RequestEntityTooLarge
     if sum(map(data.count, _OPENING)) > MOST:
         raise BadRequest(f"the body holds more than {MOST:,} objects and lists: send fewer at once")
     try:
-        # UTF-8 alone (RFC 8259): other charsets would hide from the look below what it looks for.
+        # Only UTF-8 (RFC 8259): in other charsets, the search below would miss characters.
         text = data.decode("utf-8-sig")
         content = json.loads(text, parse_constant=_finite, parse_float=_finite)
     except BadRequest:
@@ -103,10 +103,10 @@ def _is_deep(content: dict[str, Any]) -> bool:
 
 
 def read_body(model: type[Body]) -> Body:
-    """The request's JSON body, checked.
+    """Reads the request's JSON body and checks it.
 
     Raises:
-        BadRequest: it is not JSON, or a field is missing or wrong; the text names the field.
+        BadRequest: the body is not JSON, or a field is missing or wrong; the text names the field.
     """
     try:
         return model.model_validate(read_json())
@@ -117,10 +117,10 @@ def read_body(model: type[Body]) -> Body:
 
 
 def find_project(name: str) -> Project:
-    """A known project by its key, or by its id where that is clear.
+    """Finds a known project by its key, or by its id where only one project has it.
 
     Raises:
-        InvalidEvent: it is neither a key nor an id.
-        ProjectNotFound: there is none, or several.
+        InvalidEvent: the name is neither a key nor an id.
+        ProjectNotFound: no project has it, or several have.
     """
     return projects.find_project(backend().database, name)

@@ -15,7 +15,7 @@ blueprint = Blueprint("setup", __name__)
 
 
 class Setup(BaseModel):
-    """The body, as Label Studio sends it."""
+    """Holds the body, as Label Studio sends it."""
 
     project: str
     schema_: str = ""
@@ -27,7 +27,7 @@ class Setup(BaseModel):
 
 @blueprint.post("/setup")
 def setup() -> dict[str, str]:
-    """Answers the model version; loads nothing, so that it is there in milliseconds."""
+    """Answers the model version in milliseconds, without loading the model."""
     body = read_body(Setup)
     key = parse_project_key(body.project)
     parse_label_config(body.schema_)
@@ -42,5 +42,5 @@ def setup() -> dict[str, str]:
 
 
 def _without_user(url: str) -> str:
-    """An address without user and password, which are not for logs and `/metrics`."""
+    """Removes user and password from an address, since logs and `/metrics` show it."""
     return re.sub(r"(?<=//)[^/?#]*@", "", url)

@@ -15,14 +15,14 @@ blueprint = Blueprint("train", __name__)
 
 
 class Train(BaseModel):
-    """The body: the project, by key or by id."""
+    """Holds the body: the project, by key or by id."""
 
     project: str | int
 
 
 @blueprint.post("/train")
 def train() -> tuple[dict[str, Any], int]:
-    """Answers the job and, in words, what became of the request."""
+    """Answers the job, its state and the reason; 409 where the training is refused."""
     project = find_project(str(read_body(Train).project))
     asked = backend().requests.training(project.id, trigger=Trigger.COMMAND, forced=True)
     status = 409 if asked.state == JobState.REFUSED else 201

@@ -1,4 +1,4 @@
-"""`POST /validate`: can boxes be drawn with a label config?"""
+"""`POST /validate`: checks whether boxes can be drawn with a label config."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ blueprint = Blueprint("validate", __name__)
 
 
 class Validate(BaseModel):
-    """The body: a label config."""
+    """Holds the body: a label config."""
 
     config: str = Field(default="", validation_alias="label_config")
 

@@ -1,4 +1,4 @@
-"""`GET /versions`: every model version that could serve, the live ones first."""
+"""`GET /versions`: lists all model versions that are kept, the live ones first."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ blueprint = Blueprint("versions", __name__)
 
 @blueprint.get("/versions")
 def versions() -> dict[str, list[str]]:
-    """Label Studio asks without saying for which project: all of them, then."""
+    """Answers the versions of all projects, since Label Studio does not say for which it asks."""
     with backend().database.reading() as session:
         rows = session.execute(
             select(ModelVersion.name, ModelVersion.state)

@@ -1,4 +1,7 @@
-"""`POST /webhook`: what happened in Label Studio. Stored, then acknowledged; nothing else."""
+"""`POST /webhook`: stores an event of Label Studio, then acknowledges it.
+
+The annotator waits for the answer: everything else is left to the worker.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,10 @@ blueprint = Blueprint("webhook", __name__)
 
 @blueprint.post("/webhook")
 def webhook() -> dict[str, Any]:
-    """Stores an event. The worker sees within a second whether a training is due."""
+    """Stores an event; answers how many annotations changed, or the training that it asks for."""
     body = read_json()
     event = parse_event(body)
-    # Only actions that are known become a label: their number is bounded.
+    # Only known actions become labels, which bounds the number of counters.
     WEBHOOKS.labels("ignored" if isinstance(event, Ignored) else body["action"]).inc()
     if isinstance(event, Ignored):
         return {"status": "ignored", "action": event.action}

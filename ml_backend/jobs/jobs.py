@@ -242,7 +242,7 @@ class Jobs:
         )
 
     def recover(self, mine: Collection[int] = ()) -> list[str]:
-        """Puts back the jobs whose worker died on another host.
+        """Puts back the jobs whose worker died on another host, and those of an earlier release.
 
         Args:
             mine: jobs that this process runs; their heartbeats may be late where the database was
@@ -257,6 +257,15 @@ class Jobs:
                     Job.state == JobState.RUNNING, Job.heartbeat_at < now() - STALE_AFTER
                 )
             ).all()
+            # An earlier release had a queue of its own.
+            without_entry = session.scalars(
+                select(Job.id).where(Job.state == JobState.QUEUED, Job.run == 0)
+            ).all()
+        for number in without_entry:
+            with self._database.session() as session:
+                job = session.get_one(Job, number, with_for_update=True)
+                if job.state == JobState.QUEUED and job.run == 0:
+                    self._queue.put(session, job)
         lost: list[tuple[int, int]] = []
         for number in silent:
             if number in mine:

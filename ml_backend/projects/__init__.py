@@ -1,1 +1,1 @@
-"""Projects of Label Studio: connecting, storing what they tell, reading back."""
+"""Connects projects of Label Studio, stores their events, and reads back missed ones."""

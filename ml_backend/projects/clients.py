@@ -1,8 +1,8 @@
 """Makes clients of the Label Studio that holds a project.
 
-Address and token come from the settings, or from `/setup` (the address that Label Studio believes
-to have, and the legacy token of the project's owner). The settings win where their Label Studio
-holds the project; each token goes to the address that it came with, and to no other.
+Address and token come from the settings, or from `/setup`, which carries the address that is
+configured in Label Studio and the legacy token of the project's owner. The settings win where their
+Label Studio holds the project; each token is sent only to the address that it came with.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 
 class Clients:
-    """Clients and image sources by project.
+    """Makes clients and image sources, and keeps them by project.
 
     Args:
         settings: address and token of the Label Studio that an admin named.
@@ -75,7 +75,7 @@ class Clients:
         return self.connectivity.wait(client.url if client else project.url or "")
 
     def wait_for(self, project_id: int) -> float:
-        """Seconds after which the Label Studio of a project, which fails, is worth asking again."""
+        """Computes the seconds until the failing Label Studio of a project is asked again."""
         with self._database.reading() as session:
             return self.wait(session.get_one(Project, project_id))
 
@@ -116,7 +116,7 @@ class Clients:
         except NotFound:
             found = False
         except LabelStudioError as error:
-            # Not known, and not remembered: asked again next time.
+            # The answer is unknown and is not stored: the next call asks again.
             _log.warning("whether %s holds project %s: %s", client.url, project.key, error)
             return project.url is None or project.url == client.url
         project.is_default = found

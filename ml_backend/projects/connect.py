@@ -27,7 +27,7 @@ SAMPLING = "Uncertainty sampling"
 
 @dataclass(slots=True)
 class Connected:
-    """The outcome of connecting a project.
+    """Holds the outcome of connecting a project.
 
     Attributes:
         row: the project's row.
@@ -161,7 +161,7 @@ def connect(
         stored.title = info.title
         stored.is_default = True
     url = (url or stored.connection_url or settings.own_url).rstrip("/")
-    # What was connected under an address that is given up moves along, and is not left behind.
+    # A connection under a former address is changed; otherwise it would stay beside the new one.
     known = {url, stored.connection_url or url}
     done = Connected(project.id, info.key, project.version)
     _connection(client, label_studio_id, url, known, settings, done)
@@ -169,7 +169,7 @@ def connect(
     _project(client, label_studio_id, done)
     with database.session() as session:
         session.get_one(Project, project.id).connection_url = url
-    # Now that the webhook is there, nothing is missed in between.
+    # Read back after the webhook was created, so that no annotation in between is missed.
     with database.reading() as session:
         project = session.get_one(Project, project.id)
     reconcile(project, client, database, ingest)
@@ -248,7 +248,7 @@ def _project(client: LabelStudioClient, project: int, done: Connected) -> None:
         project,
         sampling=SAMPLING,
         show_collab_predictions=True,
-        # Equal to the connection's title: so predictions stay live and are ordered by score.
+        # It must equal the connection's title, or Label Studio orders tasks by no score.
         model_version=done.version,
     )
     done.add("project_set")

@@ -63,7 +63,7 @@ class Connectivity:
     def wait(self, url: str) -> float:
         """Computes the seconds until a Label Studio that fails is asked again.
 
-        As long as it has failed by now, between half a minute and ten.
+        The wait equals the time for which it has failed, but is between 30 s and 10 minutes.
         """
         with self._database.reading() as session:
             since = session.scalar(select(Contact.failing_since).where(Contact.url == url))

@@ -2,7 +2,7 @@
 
 A full key, `"{id}.{creation as unix seconds}"`, identifies a project among several Label Studios;
 an id alone does not, and means the one known project that has it. A project that was first named by
-its id alone is stored under that id, and gets its full key once that is heard.
+its id alone is stored under that id, and gets its full key once an event or request carries it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ml_backend.store.tables import Project
 
 
 class ProjectNotFound(LookupError):
-    """No known project has that name, or several have; the text says what to do."""
+    """Says that no known project has a name, or that several have; the text gives the remedy."""
 
 
 def find_project(database: Database, name: str) -> Project:
@@ -48,7 +48,7 @@ def matching_project(session: Session, wanted: ProjectKey) -> Project | None:
     same_id = _same_id(session, wanted.id)
     if "." in wanted.key:
         return next((p for p in same_id if p.key == wanted.key), None)
-    # A row without a creation time beside a complete one comes from a release that made both.
+    # Earlier releases could store a project twice: by its id alone, and by its full key.
     candidates = [p for p in same_id if "." in p.key] or same_id
     if len(candidates) > 1:
         raise ProjectNotFound(
@@ -74,8 +74,8 @@ def lock_project(session: Session, database: Database, wanted: ProjectKey) -> Pr
 
 
 def _create(session: Session, database: Database, wanted: ProjectKey) -> Project:
-    # Whatever the key, the row is inserted under the id alone: of two transactions that hear of a
-    # project for the first time, the unique index lets the second wait for the first.
+    # The row is always inserted under the id alone: of two transactions that store a new project at
+    # once, the unique index lets the second wait for the first.
     bare = str(wanted.id)
     created = session.execute(
         database.insert(Project)
@@ -95,7 +95,7 @@ def _create(session: Session, database: Database, wanted: ProjectKey) -> Project
         return _create(session, database, wanted)
     if row.key != wanted.key and "." in wanted.key:
         row.key = wanted.key
-        # Whether the settings' Label Studio holds it could not be told by the id alone.
+        # With the id alone, the settings' Label Studio could not be asked whether it holds it.
         row.is_default = None
         session.flush()
     return row

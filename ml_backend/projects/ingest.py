@@ -1,11 +1,11 @@
-"""Stores what Label Studio tells: the same event twice, late or out of order does no harm.
+"""Stores events of Label Studio, which may arrive twice, late or out of order.
 
 - An annotation is replaced only by a later state of itself (`updated_at`).
 - A deletion is final: it stays as a tombstone, which no late event revives. Only Label Studio's API
   does, where it shows what was deleted before it was asked.
-- Title and label config are what the newest event about the project itself says, or `/setup`,
-  `/predict` or the API; other events carry them as well, in no order that is promised.
-- Every change raises the project's revision; what a training saw is a revision.
+- Title and label config come from the newest event about the project itself, or from `/setup`,
+  `/predict` or the API; other events carry them as well, but in no promised order.
+- Every change raises the project's revision; a training stores the revision that it read.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from ml_backend.store.tables import Annotation, Project, Task, now
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """The outcome of an event.
+    """Holds the outcome of an event.
 
     Attributes:
         project_id: row of the project it concerns.
@@ -50,7 +50,7 @@ class Applied:
 
 
 class Ingest:
-    """Writes what arrives into the store."""
+    """Writes events, projects and read-back tasks into the database."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -88,15 +88,15 @@ class Ingest:
         url: str | None = None,
         token: str | None = None,
     ) -> Project:
-        """Makes a project known, or refreshes what is known of it (`/setup`, `/predict`).
+        """Stores a project, or updates the stored one (`/setup`, `/predict`).
 
-        Writes only where something is new: `/setup` comes with every task that is opened.
+        Writes only where a value is new, since `/setup` comes with every task that is opened.
 
         Args:
             key: `"{id}.{creation as unix seconds}"`, or the id alone.
             label_studio_id: Label Studio's id.
-            label_config: XML; empty where it is not known.
-            url: where its Label Studio says it is.
+            label_config: XML; empty if unknown.
+            url: the address that its Label Studio names as its own.
             token: a token for that address.
 
         Raises:
@@ -118,7 +118,7 @@ class Ingest:
                 row.described_at = now()
             if url is not None:
                 if row.url != url:
-                    # The token is good where it came from, and goes nowhere else.
+                    # The token belongs to the former address and must not be sent to another.
                     row.is_default = row.token = None
                 row.url = url
             if token is not None:
@@ -136,15 +136,16 @@ class Ingest:
     ) -> int:
         """Stores whole tasks as Label Studio's API showed them; answers how many changed.
 
-        What the API shows is there, even where it was taken for deleted; an annotation of these
-        tasks that it does not show is gone. What arrived after it was asked stands.
+        Tasks and annotations that the API shows exist, even where they are stored as deleted; an
+        annotation of these tasks that it does not show is deleted. Events that arrived after the
+        request to the API are kept.
 
         Args:
             project_id: the project.
             tasks: the tasks.
-            annotations: all of theirs that can be read.
+            annotations: all their annotations that can be read.
             asked_at: when the API was asked, or earlier.
-            unreadable: ids of their other annotations: those stay as they are known.
+            unreadable: ids of their other annotations, which stay as they are stored.
         """
         with self._database.session() as session:
             row = session.get_one(Project, project_id, with_for_update=True)
@@ -172,7 +173,9 @@ class Ingest:
             return changed
 
     def remove_tasks(self, project_id: int, ids: Collection[int]) -> int:
-        """Buries tasks that Label Studio no longer has; answers how many annotations went along."""
+        """Marks tasks that Label Studio no longer has as deleted; answers how many annotations of
+        theirs were marked with them.
+        """
         with self._database.session() as session:
             row = session.get_one(Project, project_id, with_for_update=True)
             changed = self._bury_tasks(session, row, ids)
@@ -180,7 +183,7 @@ class Ingest:
             return changed
 
     def end_reading(self, project_id: int, project: ProjectInfo, *, asked_at: datetime) -> None:
-        """Notes that all was read back, and what the API said of the project itself."""
+        """Notes that a project was read back; stores title and label config of the API."""
         with self._database.session() as session:
             row = session.get_one(Project, project_id, with_for_update=True)
             row.reconciled_at = asked_at
@@ -253,8 +256,8 @@ class Ingest:
                     & or_(
                         Annotation.updated_at.is_(None),
                         new.updated_at > Annotation.updated_at,
-                        # Label Studio's clock was ahead once: what it shows now is later, all the
-                        # same, than what had arrived before it was asked.
+                        # Label Studio's clock may have been ahead: whatever its dates, the state
+                        # that it shows is later than one that arrived before the request.
                         (Annotation.received_at < asked_at)
                         & (new.updated_at != Annotation.updated_at)
                         if asked_at is not None
@@ -290,7 +293,7 @@ class Ingest:
                 ).returning(Annotation.task_id),
                 chunk,
             )
-            # A tombstone without a task was never learned from: nothing changes by it.
+            # A tombstone without a task is of an annotation that was never stored: no change.
             changed += sum(task is not None for task in outcome.scalars())
         return changed
 
@@ -336,12 +339,12 @@ class Ingest:
 
 
 def _describe(row: Project, project: ProjectInfo, *, at: datetime) -> None:
-    """Takes over what a project was called, and its label config, unless something newer is known.
+    """Stores title and label config of a project, unless newer ones are stored.
 
     Args:
-        row: where they are kept.
-        project: what they were.
-        at: when they were so.
+        row: the stored project.
+        project: the title and the label config.
+        at: when Label Studio gave them.
     """
     if row.described_at is not None and at <= row.described_at:
         return
@@ -351,11 +354,11 @@ def _describe(row: Project, project: ProjectInfo, *, at: datetime) -> None:
 
 
 def _notice_missing(session: Session, row: Project, event: Event) -> None:
-    """Notes that annotations are to be read back, where Label Studio reports another number.
+    """Marks a project for reading back where Label Studio reports another number of annotations.
 
     An import with annotations sends `TASKS_CREATED` alone, and a project may have been annotated
-    before it was connected. Events of single annotations are compared only before the first reading
-    back: counting takes milliseconds, and others are on their way meanwhile.
+    before it was connected. Numbers in events of single annotations are compared only before the
+    first reading back: counting takes milliseconds, and differs while other events are on the way.
     """
     told = event.project.annotations
     single = isinstance(event, AnnotationsChanged | AnnotationsDeleted)
@@ -372,7 +375,7 @@ def _revive(
     ids: Iterable[int],
     asked_at: datetime,
 ) -> None:
-    """Takes back what was buried before a moment; whatever state is stored next is taken."""
+    """Removes deletion marks that were set before a moment; the next state replaces the rows."""
     for numbers in in_chunks(ids):
         session.execute(
             update(table)

@@ -1,4 +1,4 @@
-"""Reads back from Label Studio what no webhook told: each is sent once, and never again."""
+"""Reads back changes from Label Studio that no webhook reported; a webhook is sent only once."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
-
-from sqlalchemy import select
 
 from ml_backend.label_studio.client import LabelStudioClient
 from ml_backend.label_studio.events import read_annotation, read_task, readable
@@ -20,14 +18,14 @@ from ml_backend.store.tables import Project, now
 _log = logging.getLogger(__name__)
 
 OVERLAP = timedelta(minutes=5)
-"""Read again this much of what was read before: clocks differ, transactions commit late."""
+"""Reads overlap by this much, since clocks differ and transactions commit late."""
 _AT_ONCE = 100
 """Tasks that are read by their ids, which an address has room for, or stored, in one go."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reconciled:
-    """The outcome of reading back.
+    """Holds the outcome of reading back.
 
     Attributes:
         tasks: tasks read.
@@ -43,7 +41,7 @@ class Reconciled:
 def reconcile(
     project: Project, client: LabelStudioClient, database: Database, ingest: Ingest
 ) -> Reconciled:
-    """Brings the store up to what Label Studio holds of a project.
+    """Stores all changes of a project that Label Studio holds.
 
     Only tasks that changed since the last time are read, a page at a time; ids of the others only
     where the number of annotations says that some are missing, or gone. What cannot be read is
@@ -60,7 +58,7 @@ def reconcile(
     for page in client.annotated_tasks(number, changed_since=since):
         changed += _read_back(project.id, page, ingest, asked_at)
         tasks += len(page)
-    # Deletions leave no trace to be read: only where the numbers differ are all ids read.
+    # The API does not list deletions: all ids are read where the numbers differ.
     with database.reading() as session:
         known = live_annotations(session, project.id)
     if client.annotation_count(number) != known:
@@ -71,7 +69,7 @@ def reconcile(
             page = client.tasks(number, asked)
             changed += _read_back(project.id, page, ingest, asked_at)
             tasks += len(page)
-            # A task without an annotation is there all the same.
+            # A task that lost its annotations is not listed, but exists.
             gone = set(asked) - {int(task["id"]) for task in page}
             ingest.remove_tasks(project.id, gone)
             removed += len(gone)
@@ -84,20 +82,6 @@ def reconcile(
             removed,
         )
     return Reconciled(tasks, changed, removed)
-
-
-def may_lack_annotations(project: Project) -> bool:
-    """Tells whether Label Studio may hold annotations that are not stored here.
-
-    A training that somebody asked for is refused for lack of annotations only after reading back.
-    """
-    return project.unread_since is not None or project.reconciled_at is None
-
-
-def unread_projects(database: Database) -> list[Project]:
-    """Reads the projects of which Label Studio reported another number of annotations."""
-    with database.reading() as session:
-        return list(session.scalars(select(Project).where(Project.unread_since.is_not(None))))
 
 
 def _read_back(

@@ -36,7 +36,7 @@ from ml_backend.detection.evaluation import evaluate
 from ml_backend.detection.prediction import predict_samples
 from ml_backend.detection.presets import preset_named
 from ml_backend.detection.types import Detections, Sample
-from ml_backend.jobs.schedule import Situation, decide
+from ml_backend.jobs.schedule import Action, Situation, decide
 from ml_backend.reasons import Code, Reason, reason
 from ml_backend.settings import Settings
 from ml_backend.simulation.results import Campaign, OnProgress, OnRound, Round
@@ -148,7 +148,7 @@ class Simulation:
                 minimum=self._settings.train_min,
                 delay=0.0,
             )
-            return decision.action == "start"
+            return decision.action is Action.START
 
         def ask(state: _State) -> int:
             if state.version is None:
@@ -287,7 +287,7 @@ class Simulation:
     def _shown(
         self, version: _Version | None, index: int, labels: tuple[str, ...], price: float
     ) -> Detections:
-        """The boxes that the annotator is shown; their labels are indices into `labels`."""
+        """Selects the boxes that the annotator is shown; their labels are indices into `labels`."""
         if version is None:
             return Detections.empty()
         found = version.found[self._samples[index].key]
@@ -344,7 +344,7 @@ class Simulation:
         return chosen + [i for i in order if i not in set(chosen)]
 
     def _known_labels(self, late: Mapping[str, int], labelled: int) -> tuple[str, ...]:
-        """The labels that the annotator uses after a number of images; late labels come last."""
+        """Lists the labels that the annotator uses after a number of images, late ones last."""
         first = tuple(label for label in self._labels if label not in late)
         came = sorted((n, label) for label, n in late.items() if labelled >= n)
         return first + tuple(label for _, label in came)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ml_backend.reasons import Reason
 
 OnProgress = Callable[[float, Reason], None]
-"""Receives the fraction done, in `[0, 1]`, and a sentence; may raise to stop."""
+"""Receives the fraction done, in `[0, 1]`, and its reason; may raise to stop."""
 
 
 @dataclass(frozen=True, slots=True)

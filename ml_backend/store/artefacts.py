@@ -11,8 +11,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +114,50 @@ class ArtefactStore:
             folder.rename(doomed / version)
             shutil.rmtree(doomed)
 
-    def sweep(self) -> None:
-        """Deletes unfinished folders of killed processes. Call it only while no training runs."""
-        for pattern in ("*/.building-*", "*/.removing-*"):
-            for leftover in self._root.glob(pattern):
+    def sweep(self, project_key: str) -> None:
+        """Deletes unfinished folders that killed processes left of a project.
+
+        Call it only while no training of the project runs.
+        """
+        for pattern in (".building-*", ".removing-*"):
+            for leftover in (self._root / project_key).glob(pattern):
                 shutil.rmtree(leftover, ignore_errors=True)
+
+    def remove_unrecorded(
+        self, project_key: str, recorded: Collection[str], since: datetime
+    ) -> list[str]:
+        """Deletes the versions of a project that no record names: their trainings were killed.
+
+        Call it only while no training of the project runs.
+
+        Args:
+            project_key: the project's key.
+            recorded: names of the versions to keep.
+            since: when the project was first recorded. Older versions were made with another
+                database, which may still name them, and stay.
+
+        Returns:
+            The names of the deleted versions.
+
+        Raises:
+            StoreUnavailable: the store cannot be listed.
+            OSError: a version cannot be deleted.
+        """
+        doomed = sorted(
+            version
+            for version, stored_at in self._stored(project_key).items()
+            if version not in recorded and stored_at > since
+        )
+        for version in doomed:
+            self.remove(project_key, version)
+        return doomed
+
+    def _stored(self, project_key: str) -> dict[str, datetime]:
+        """Lists the versions of a project, each with the time when it was stored."""
+        return {
+            card.parent.name: datetime.fromtimestamp(card.stat().st_mtime, UTC)
+            for card in (self._root / project_key).glob("[!.]*/card.json")
+        }
 
     def probe(self) -> str:
         """Checks that versions can be stored, for `doctor`.

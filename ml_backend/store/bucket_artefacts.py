@@ -166,8 +166,8 @@ class BucketArtefactStore(ArtefactStore):
     def remove(self, project_key: str, version: str) -> None:
         """Deletes a version from the bucket and from this host's cache.
 
-        Other hosts drop it from their caches at their next download or start. If the bucket cannot
-        be reached, the version is deleted from it at this host's next start.
+        Other hosts drop it from their caches at their next download or training of the project. If
+        the bucket cannot be reached, this host's next training of the project deletes the version.
         """
         folder = self.folder(project_key, version)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -178,28 +178,29 @@ class BucketArtefactStore(ArtefactStore):
         try:
             self._remove_from_bucket(project_key, version)
         except StoreUnavailable as error:
-            _log.warning("%s stays in the bucket until the next start: %s", version, error)
+            _log.warning("%s stays in the bucket until the next training: %s", version, error)
         else:
             note.unlink(missing_ok=True)
 
-    def sweep(self) -> None:
+    def sweep(self, project_key: str) -> None:
         """Deletes unfinished files of killed processes, and cached versions that others pruned.
 
         Half uploads and downloads are deleted only once they are a day old: other hosts may be at
         work. Logs a warning where the bucket cannot be reached: cached versions serve without it.
         """
-        super().sweep()
+        super().sweep(project_key)
         oldest = time.time() - self._abandoned_after
-        for download in self._root.glob("*/.downloading-*"):
+        cache = self._root / project_key
+        for download in cache.glob(".downloading-*"):
             if download.stat().st_mtime < oldest:
                 shutil.rmtree(download, ignore_errors=True)
         try:
-            for note in self._root.glob(f"*/{_TO_REMOVE}*"):
-                self._remove_from_bucket(note.parent.name, note.name.removeprefix(_TO_REMOVE))
+            for note in cache.glob(f"{_TO_REMOVE}*"):
+                self._remove_from_bucket(project_key, note.name.removeprefix(_TO_REMOVE))
                 note.unlink()
-            self._sweep_bucket(oldest)
-            for project in self._root.glob("*"):
-                self._drop_pruned(project.name)
+            self._sweep_bucket(project_key, oldest)
+            if cache.is_dir():
+                self._drop_pruned(project_key)
         except StoreUnavailable as error:
             _log.warning("%s", error)
 
@@ -308,13 +309,19 @@ class BucketArtefactStore(ArtefactStore):
             for path in sorted(found, key=lambda path: not path.endswith(f"/{_MANIFEST}")):
                 files.rm_file(path)
 
-    def _sweep_bucket(self, oldest: float) -> None:
+    def _stored(self, project_key: str) -> dict[str, datetime]:
+        """Lists the versions of a project, cached, uploaded or half uploaded."""
+        with self._reached() as (files, root):
+            uploaded = {
+                version: max(files.modified(path) for path in paths)
+                for version, paths in _uploads(files, root, project_key).items()
+            }
+        return {**super()._stored(project_key), **uploaded}
+
+    def _sweep_bucket(self, project_key: str, oldest: float) -> None:
         moment = datetime.fromtimestamp(oldest, UTC)
         with self._reached() as (files, root):
-            uploads: dict[str, list[str]] = {}
-            for path in files.find(f"{root}/projects"):
-                uploads.setdefault(path.rpartition("/")[0], []).append(path)
-            for paths in uploads.values():
+            for paths in _uploads(files, root, project_key).values():
                 if any(path.endswith(f"/{_MANIFEST}") for path in paths):
                     continue
                 if max(files.modified(path) for path in paths) < moment:
@@ -334,6 +341,14 @@ class BucketArtefactStore(ArtefactStore):
         for folder in (self._root / project_key).iterdir():
             if is_complete(folder) and folder.name not in stored:
                 super().remove(project_key, folder.name)
+
+
+def _uploads(files: Any, root: str, project_key: str) -> dict[str, list[str]]:
+    """Lists the files of a project in the bucket, by version."""
+    found: dict[str, list[str]] = {}
+    for path in files.find(f"{root}/projects/{project_key}"):
+        found.setdefault(path.split("/")[-2], []).append(path)
+    return found
 
 
 def _move_unless_there(folder: Path, target: Path) -> None:

@@ -1,1 +1,1 @@
-"""From stored annotations to a version that goes live or not."""
+"""Trains model versions on stored annotations, and decides whether they go live."""

@@ -1,4 +1,4 @@
-"""From stored annotations to samples: what a training learns from, and what it leaves out.
+"""Makes the samples of a training from stored annotations.
 
 Rules:
     - Skipped (`was_cancelled`) and deleted annotations, and those of deleted tasks, are left out.
@@ -47,13 +47,13 @@ _LOOKED_AT = or_(
     Annotation.parent_prediction.is_(None),
     sql_cast(Annotation.result, String) != "[]",
 )
-"""Not a prediction without boxes that was accepted in bulk: it would teach that nothing is there,
-of tasks that are shown without boxes on purpose, too."""
+"""Leaves out empty annotations that were made by accepting empty predictions in bulk: nobody looked
+at these images, and the tasks of the control group are shown without boxes on purpose."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """Everything that a training of a project learns from.
+    """Holds everything that a training of a project learns from.
 
     Attributes:
         labels: label names; a sample's labels are indices into it.
@@ -61,7 +61,7 @@ class Dataset:
         task_of: task by sample key.
         clip_of: clip by sample key.
         holdout: keys of the samples that only measure.
-        left_out: why something was left out, and how often.
+        left_out: how often something was left out, by the reason.
         revision: revision of the project that was read.
     """
 
@@ -75,11 +75,11 @@ class Dataset:
 
     @property
     def tasks(self) -> int:
-        """How many tasks the samples come from."""
+        """The number of tasks that the samples come from."""
         return len(set(self.task_of.values()))
 
     def boxes_by_label(self) -> dict[str, int]:
-        """Number of boxes of each label."""
+        """Counts the boxes of each label."""
         counts: Counter[int] = Counter()
         for sample in self.samples:
             counts.update(sample.labels.tolist())
@@ -112,13 +112,13 @@ def build_dataset(
         longest_side: pixels of an image's longer side that a detector can use: of larger images a
             working copy of at least this length is kept, which is decoded in a fraction of the
             time. None keeps every image as it is.
-        random_share: of the tasks, that are asked for by chance.
-        leave_out: whether tasks whose images cannot be had are left out.
+        random_share: share of the tasks that are asked for by chance, in `[0, 1]`.
+        leave_out: whether tasks whose images cannot be fetched are left out.
         store_sides: receives the tasks whose side was decided, for `sides.write_sides`.
-        on_progress: told the fraction done and how far that is.
+        on_progress: told the fraction done and its reason; may raise to stop.
 
     Raises:
-        ImageUnavailable: an image cannot be had, and none is to be left out.
+        ImageUnavailable: an image cannot be fetched, and `leave_out` is not set.
     """
     chosen, revision = _chosen(database, project.id)
     left_out: Counter[str] = Counter()
@@ -168,16 +168,16 @@ def build_dataset(
 
 @dataclass(frozen=True, slots=True)
 class _Fetched:
-    """What is kept of a task's image: of a large project, the regions alone would take gigabytes.
+    """Holds what a training needs of a task's image; all regions would take gigabytes.
 
     Attributes:
         task: Label Studio's id.
-        clip: the task's, once known.
-        side: the task's, once decided.
+        clip: clip of the task; None until it is known.
+        side: side of the task; None until it is decided.
         name: the image's address.
         sample: what is learned from.
-        fingerprint: of the image.
-        dropped: why regions were left out.
+        fingerprint: perceptual hash of the image.
+        dropped: the reasons of regions that were left out.
     """
 
     task: int
@@ -190,7 +190,7 @@ class _Fetched:
 
 
 def _chosen(database: Database, project_id: int) -> tuple[list[int], int]:
-    """Rows of the annotations that count, in the order of their tasks, and what revision it is."""
+    """Reads the rows of the annotations that count, by task, and the project's revision."""
     with database.reading() as session:
         revision = session.get_one(Project, project_id).revision
         rows = session.execute(
@@ -205,13 +205,13 @@ def _chosen(database: Database, project_id: int) -> tuple[list[int], int]:
             )
             .order_by(Task.label_studio_id, Annotation.ground_truth, Annotation.updated_at)
         )
-        # The last of each task: ground truth sorts after the others, newer after older.
-        chosen = dict(row._tuple() for row in rows)
+        # The last row of each task stays: ground truth sorts after the others, newer after older.
+        chosen: dict[int, int] = dict(iter(rows))
     return list(chosen.values()), revision
 
 
 def _read(database: Database, chosen: Sequence[int]) -> Iterator[list[tuple[Task, Annotation]]]:
-    """Annotations and their tasks, some at a time."""
+    """Yields annotations with their tasks, some at a time."""
     for numbers in in_chunks(chosen):
         with database.reading() as session:
             rows = session.execute(
@@ -237,7 +237,7 @@ def _fetch(
     data_key = controls[0].data_key
     value = media_of(task.data, controls[0])
     content = images.fetch(task.label_studio_id, value)
-    # A key may have slashes.
+    # The key of a task's data may contain slashes.
     path = folder / quote(f"{task.label_studio_id}-{data_key}", safe="")
     reduced = decode_reduced(content, longest=longest_side, max_pixels=max_pixels)
     _write(path, content, reduced)
@@ -256,7 +256,7 @@ def _fetch(
         task=task.label_studio_id,
         clip=task.clip,
         side=cast("Side | None", task.side),
-        # An inline image has no name, and would be kept whole.
+        # The address of an inline image is the image itself, and no name.
         name="" if value.startswith("data:") else value,
         sample=Sample(
             key=f"{task.label_studio_id}-{data_key}",
@@ -299,14 +299,14 @@ def _sides(
             clip=f.clip,
             side=f.side,
         )
-    # Those decided before come first, so that new ones join them and not the other way round.
+    # Tasks with a clip come first, so that new tasks join their clips.
     assign(sorted(items.values(), key=lambda item: (item.clip is None, item.task)))
     fresh = {f.task: items[f.task] for f in found if f.side is None}
     rows = (
         {"task": item.task, "mark": item.fingerprint, "of": item.clip, "is": item.side}
         for item in fresh.values()
     )
-    # A few at a time, so that webhooks can be stored in between.
+    # Some at a time, so that webhooks can be stored in between.
     for chunk in in_chunks(rows):
         store(chunk)
     return items

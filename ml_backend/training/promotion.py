@@ -1,4 +1,4 @@
-"""Which version is live: a better one goes live by itself, a worse one never does."""
+"""Decides which version of a project is live."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 TIE = 0.005
-"""Mean AP50 by which a version may be behind and count as not worse: half a point is noise."""
+"""Mean AP50 by which a version may be behind the live one: half a point is noise."""
 TIE_WITH_MORE = 0.02
-"""The same for one that finds a label that the live version does not know: the images from before
-lack its boxes, which costs the others a little, and people wait for the label."""
+"""The same for a version that finds a label that the live one does not know: earlier images lack
+the boxes of this label, which costs the other labels a little, and people wait for it."""
 BAD_FALL = 0.15
-"""AP50 that no class with enough boxes may lose."""
+"""AP50 by which no class with enough boxes may fall."""
 ENOUGH_BOXES = 20
-"""Boxes of a class in the hold-out from which its AP50 says something."""
+"""Boxes of a class in the hold-out from which its AP50 counts."""
 FINDS_SOMETHING = 0.1
-"""Mean AP50 that the first version needs: below it, boxes cost more than they save."""
+"""Mean AP50 that the first version needs; below, correcting its boxes costs more than drawing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether a version goes live, and why."""
+    """Says whether a version goes live, and why."""
 
     promote: bool
     reason: Reason
@@ -51,7 +51,7 @@ def judge(
     """Decides whether a new version goes live.
 
     Args:
-        evaluation: the new version on today's hold-out (or out of fold).
+        evaluation: quality of the new version on the hold-out, or out of fold.
         comparison: new minus live, paired over the same images, in the mean over the labels that
             the live version knows; None where nothing is live.
         live: name of the live version.
@@ -88,7 +88,12 @@ def judge(
 
 
 class Versions:
-    """A project's model versions: which there are, and which is live."""
+    """Keeps a project's model versions, and which of them is live.
+
+    Args:
+        database: holds the versions.
+        artefacts: holds their files.
+    """
 
     def __init__(self, database: Database, artefacts: ArtefactStore) -> None:
         self._database = database
@@ -105,23 +110,23 @@ class Versions:
         parent: str | None,
         revision: int,
     ) -> Verdict:
-        """Enters a new version and, if the verdict says so, makes it live.
+        """Enters a new version, and makes it live where the verdict says so.
 
-        The version is not made live where another version is live by now than the one that it was
-        compared with: a rollback or a promotion during a training holds. The annotations that it
-        saw then count as changed still, so that the next training follows soon.
+        A rollback or a promotion during the training holds: the new version does not go live where
+        the live version is no longer the one that it was compared with. The annotations that it saw
+        then still count as changed, so that the next training follows soon.
 
         Args:
-            session: the transaction that enters it.
+            session: the transaction that enters the version.
             project_id: the project.
             name: of the new version.
-            card: its card.
+            card: of the new version.
             verdict: whether it should go live, and why.
             parent: the version that it was compared with, or None.
-            revision: revision of the project that it saw.
+            revision: revision of the project that the training saw.
 
         Returns:
-            The verdict that holds.
+            The verdict that was stored.
         """
         project = session.get_one(Project, project_id, with_for_update=True)
         if verdict.promote and project.live_version != parent:
@@ -157,16 +162,16 @@ class Versions:
             _make_live(session, project, name, reason(Code.PROMOTED_ON_REQUEST))
 
     def rollback(self, project_id: int, to: str | None = None) -> str:
-        """Goes back to an earlier version at once; answers which.
+        """Makes an earlier version live at once; answers its name.
 
-        What was live is marked, and is never promoted again by itself.
+        The version that was live is marked as rolled back, and never goes live again by itself.
 
         Args:
             project_id: the project.
-            to: the version to go back to; the one that was live before by default.
+            to: the version to go back to; by default the one that was live before.
 
         Raises:
-            VersionMissing: there is none to go back to.
+            VersionMissing: there is no such version, or its artefact is gone.
         """
         with self._database.session() as session:
             project = session.get_one(Project, project_id, with_for_update=True)
@@ -189,7 +194,7 @@ class Versions:
             return target
 
     def all(self, project_id: int) -> list[ModelVersion]:
-        """The project's versions, newest first."""
+        """Reads the project's versions, newest first."""
         with self._database.reading() as session:
             return list(
                 session.scalars(
@@ -200,13 +205,13 @@ class Versions:
             )
 
     def count(self, project_id: int) -> int:
-        """How many versions there have been."""
+        """Counts all versions that the project has had."""
         return len(self.all(project_id))
 
     def prune(self, project_id: int, keep: int) -> list[str]:
-        """Deletes the artefacts of old versions; answers their names.
+        """Deletes the artefacts of old versions; answers the names of these versions.
 
-        Kept are the live version, the one it would roll back to, and the `keep` newest.
+        The live version, the one that a rollback would make live, and the `keep` newest stay.
         """
         with self._database.session() as session:
             project = session.get_one(Project, project_id, with_for_update=True)
@@ -227,6 +232,31 @@ class Versions:
             self._artefacts.remove(key, version.name)
         return [v.name for v in doomed]
 
+    def remove_unrecorded(self, project_id: int) -> None:
+        """Deletes what killed processes left of a project in the artefact store.
+
+        That is: half-written artefacts, the artefacts of trainings that were killed before their
+        version was recorded, and artefacts that `prune` did not come to delete. Call it only while
+        no training of the project runs. Logs a warning where the store cannot be used.
+        """
+        with self._database.reading() as session:
+            project = session.get_one(Project, project_id)
+            recorded = session.scalars(
+                select(ModelVersion.name).where(
+                    ModelVersion.project_id == project_id, ModelVersion.state != VersionState.PRUNED
+                )
+            ).all()
+        try:
+            self._artefacts.sweep(project.key)
+            removed = self._artefacts.remove_unrecorded(
+                project.key, set(recorded), project.created_at
+            )
+        except OSError as error:
+            _log.warning("project %s: artefacts are cleaned up later: %s", project.key, error)
+            return
+        if removed:
+            _log.info("project %s: deleted unrecorded artefacts: %s", project.key, removed)
+
     def _check(self, session: Session, project: Project, name: str) -> None:
         known = session.scalar(
             select(ModelVersion).where(
@@ -238,7 +268,7 @@ class Versions:
                 f"project {project.key} has no version {name}: `ml-backend versions` lists them"
             )
         if known.state == VersionState.PRUNED:
-            # Its folder may be there for a moment longer.
+            # The version's folder is deleted after this state is stored, and may still be there.
             raise VersionMissing(
                 f"version {name} was deleted to make room (ML_BACKEND_KEEP_VERSIONS): "
                 "`ml-backend versions` lists what there is"
@@ -275,5 +305,5 @@ def _make_live(session: Session, project: Project, name: str, why: Reason) -> No
 
 
 def counts_of(card: Mapping[str, Any]) -> dict[str, int]:
-    """Boxes of each label that a version was trained on, from its card."""
+    """Reads from a version's card the number of boxes of each label that it was trained on."""
     return {str(k): int(v) for k, v in card.get("data", {}).get("boxes", {}).items()}

@@ -82,10 +82,12 @@ class TrainingRun:
             config = parse_label_config(project.label_config)
         except LabelConfigError as error:
             raise Refused(reason(Code.LABEL_CONFIG_UNUSABLE, detail=str(error))) from error
+        # One training of a project runs at a time, so nobody is writing an artefact of it.
+        self._versions.remove_unrecorded(project.id)
         live = self._live(project, device)
         presets = [preset_named(self._settings.preset, device)]
         presets += [live.detector.preset] if live is not None else []
-        # One training per project at a time: files that are there were left by a killed one.
+        # For the same reason, files that are there were left by a killed training.
         folder = self._settings.model_dir / "training" / project.key
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -100,7 +102,7 @@ class TrainingRun:
                 # The live version is measured on the same files.
                 longest_side=max(preset.longest_side for preset in presets),
                 random_share=self._settings.random_share,
-                # While Label Studio fails, images that lie there would count as gone.
+                # While Label Studio fails, its images cannot be told from images that are gone.
                 leave_out=self._label_studio_fails is None,
                 store_sides=self._report.sides,
                 on_progress=lambda f, why: self._report.progress(0.1 * f, why),
@@ -116,7 +118,7 @@ class TrainingRun:
             shutil.rmtree(folder)
 
     def _checked(self) -> torch.device:
-        """The device, once it is certain that the settings serve: they may be newer than a job."""
+        """Resolves the device, and checks settings that may have changed since the job was made."""
         try:
             device = resolve_device(self._settings.device)
             check(self._settings.preset, self._settings.weights, device)
@@ -172,15 +174,15 @@ class TrainingRun:
             folder = self._artefacts.existing(project.key, project.live_version)
             live = load_artefact(folder, device)
         except (VersionMissing, CorruptDetector) as error:
-            # It cannot serve either: whatever the new version can do is better.
+            # The live version cannot predict either, so that any new version is better.
             _log.error("the live version is not compared with: %s", error)
             return None
         return Live(project.live_version, live.detector, live.out_of_fold)
 
     def _name(self, project: Project, dataset: Dataset, outcome: TrainingOutcome) -> str:
         number = self._versions.count(project.id) + 1
-        # The tail keeps it apart from a version of the same number whose artefacts were lost:
-        # Label Studio may still hold predictions under that name.
+        # The random end distinguishes the version from one of the same number that was lost: Label
+        # Studio may still hold predictions under its name.
         return (
             f"v{number}-{outcome.detector.preset.name}-{dataset.tasks}tasks"
             f"-ap{round(100 * outcome.assessment.evaluation.map50)}-{secrets.token_hex(2)}"
@@ -213,7 +215,7 @@ class TrainingRun:
             "thresholds": outcome.detector.thresholds,
             "comparison": dataclasses.asdict(comparison) if comparison else None,
             "agreement": outcome.agreement,
-            # What became of it stands in the database: somebody may roll back meanwhile.
+            # The card never changes. The database holds the later states of the version.
             "verdict": {"promote": verdict.promote, **verdict.reason.as_dict()},
             "seconds": {"training": round(result.seconds, 1)},
             "training": {

@@ -1,7 +1,7 @@
-"""Which tasks are learned from and which only measure: once decided, never changed.
+"""Decides which tasks are learned from and which only measure; a decision is never changed.
 
 Near-duplicates, and frames of one clip, stay on one side: a hold-out that shares them with the
-training set measures memory. They are found by a perceptual hash of the image (dHash, Krawetz
+training set would measure memorisation. A perceptual hash of the image finds them (dHash, Krawetz
 2013: the signs of horizontal differences of a thumbnail).
 """
 
@@ -25,37 +25,37 @@ Side = Literal["train", "holdout"]
 
 HOLDOUT_SHARE = 0.2
 SMALL = 100
-"""Below so many annotated images a hold-out says too little: folds decide instead."""
+"""Annotated images below which a hold-out is too small to measure on; folds measure then."""
 
 ALIKE = 10
 """Bits of 256 in which the hashes of near-duplicates differ at most."""
 ALIKE_IN_CLIP = 32
-"""The same, for images whose names differ in nothing but a number."""
+"""The same for images whose names differ only in a number."""
 NEIGHBOURS = 100
-"""Images before, and after, in the order of those numbers, with which one is so compared at most:
-frames of a clip lie close together, and all of a long film would be too many."""
+"""Images before and after an image, in the order of these numbers, that it is compared with in this
+way: frames of a clip lie close together, and a long film has too many to compare with all."""
 DOMINANT = 2 / 3
-"""Share of the images above which a clip is parted between folds: too little would be left to learn
-from while it measures."""
+"""Share of the images above which a clip is divided between folds: while it measures, too few
+images would be left to learn from."""
 _ROWS = 16
 _MANY = 0.02
-"""Share of the images from which it is quicker to compare with all at once than one by one."""
+"""Share of the images from which comparing with all at once is faster than one by one."""
 _BLOCK = 8192
 _NUMBER = re.compile(r"\d+(?=\.\w+$|$)")
 
 
 @dataclass(slots=True)
 class Item:
-    """A task, as the split sees it.
+    """Describes a task for the split.
 
     Attributes:
         task: Label Studio's id.
         name: its image's address, to recognise the frames of a clip.
         fingerprint: 256-bit hash of its image, hexadecimal.
         labels: label names on it.
-        by_chance: whether it was asked for by chance, and not for what it teaches.
-        clip: the task that stands for its near-duplicates, once known.
-        side: once decided.
+        by_chance: whether the task was asked for by chance, whatever its acquisition score.
+        clip: the task that stands for its near-duplicates; None until it is known.
+        side: the side of the split; None until it is decided.
     """
 
     task: int
@@ -68,7 +68,7 @@ class Item:
 
 
 def fingerprint(image: Image.Image) -> str:
-    """dHash of an image: 256 bits, 64 hexadecimal digits."""
+    """Computes the dHash of an image: 256 bits as 64 hexadecimal digits."""
     grey = np.asarray(image.convert("L").resize((17, 16), Image.Resampling.BILINEAR), np.int16)
     bits = np.packbits(grey[:, 1:] > grey[:, :-1])
     return bits.tobytes().hex()
@@ -77,10 +77,11 @@ def fingerprint(image: Image.Image) -> str:
 def assign(items: Sequence[Item]) -> None:
     """Fills in `clip` and `side` of the items that have none yet; the others stay as they are.
 
-    A new item joins the clip, and so the side, of what it resembles. New clips are dealt to the
-    side that lacks their rarest label most (iterative stratification, Sechidis et al. 2011): first
-    those that hold an item asked for by chance, since what was asked for because it is hard does
-    not measure how good a version is on the rest; else in an order that depends on the task alone.
+    A new item joins the clip, and so the side, of the item that it resembles. New clips go to the
+    side that lacks their rarest label most (iterative stratification, Sechidis et al. 2011). Clips
+    with an item that was asked for by chance come first, because images that were asked for as
+    difficult ones do not represent the others; apart from that, the order depends on the task
+    alone.
     """
     if not items:
         return
@@ -120,29 +121,29 @@ def assign(items: Sequence[Item]) -> None:
 
 
 def fold_groups(tasks: Mapping[str, int], clips: Mapping[str, int]) -> tuple[dict[str, int], bool]:
-    """What folds must not part: clips, but for one that holds nearly everything, and then tasks.
+    """Finds the groups that folds must not divide: clips, or the tasks of a dominant clip.
 
     Args:
         tasks: task by key.
         clips: clip by key.
 
     Returns:
-        Group by key, and whether a clip was parted: what is measured then resembles what was
-        learned.
+        Group by key, and whether a clip was divided: images that measure then resemble images that
+        were learned.
     """
     sizes = Counter(clips.values())
-    # A clip is named after a task of its own, so that the names of its tasks are nobody else's.
+    # A clip bears the number of one of its tasks, so that clips and tasks never share a number.
     parted = {clip for clip, size in sizes.items() if size > DOMINANT * len(clips)}
     return {k: tasks[k] if clip in parted else clip for k, clip in clips.items()}, bool(parted)
 
 
 def folds(keys: Mapping[str, int], count: int, seed: int) -> list[frozenset[str]]:
-    """Deals keys into `count` folds of about the same size, never parting a group.
+    """Distributes keys over `count` folds of about the same size; groups stay whole.
 
     Args:
         keys: group by key.
         count: number of folds, at least 2.
-        seed: another seed deals otherwise.
+        seed: of the order in which groups of equal size are distributed.
     """
     groups: dict[int, list[str]] = defaultdict(list)
     for key, group in keys.items():
@@ -157,7 +158,7 @@ def folds(keys: Mapping[str, int], count: int, seed: int) -> list[frozenset[str]
 def _find_clips(items: Sequence[Item]) -> None:
     """Gives each new item the clip of the first one that it resembles, in order.
 
-    Each is compared with what shares a row of its hash, instead of with all.
+    An item is compared with items that share a row of its hash, and not with all.
     """
     if all(item.clip is not None for item in items):
         return
@@ -174,7 +175,7 @@ def _find_clips(items: Sequence[Item]) -> None:
 
 
 class _Known:
-    """Items whose clips are known, in order, and where to look for those that resemble another."""
+    """Indexes items whose clips are known, to find the first that resembles another item."""
 
     def __init__(self, most: int) -> None:
         self._items: list[Item] = []
@@ -184,7 +185,7 @@ class _Known:
         self._stems: dict[str, list[tuple[int, int]]] = {}
 
     def add(self, item: Item) -> None:
-        """Adds one at the end."""
+        """Adds an item at the end."""
         place = len(self._items)
         self._items.append(item)
         self._hashes.append(int(item.fingerprint, 16))
@@ -197,11 +198,12 @@ class _Known:
             insort(self._stems.setdefault(stem, []), (number, place))
 
     def first_like(self, item: Item) -> Item | None:
-        """The first that it resembles."""
+        """Finds the first item that resembles another; None where there is none."""
         mark = int(item.fingerprint, 16)
         first = len(self._items)
-        # Hashes that differ in no more than ALIKE bits share the other rows: all but so many may be
-        # passed over, and those are the ones that most share, a plain sky for example.
+        # Hashes that differ in at most ALIKE bits differ in at most ALIKE rows, and so share one of
+        # any ALIKE + 1 rows. Of all rows, those with the fewest items are looked up: many images
+        # share a row of plain sky, for example.
         shared = [places.get(row, []) for places, row in zip(self._rows, _rows(item), strict=True)]
         likely = sorted(shared, key=len)[: ALIKE + 1]
         if sum(map(len, likely)) > len(self._items) * _MANY:
@@ -247,7 +249,7 @@ def _rows(item: Item) -> list[int]:
 
 
 def _numbered(name: str) -> tuple[str, int] | None:
-    """An image's name without the number at its end, and the number; None where it has none."""
+    """Splits the number off the end of an image's name; None where there is no number."""
     path = PurePosixPath(urlsplit(name).path)
     # Label Studio puts eight random digits before the name of an upload.
     plain = re.sub(r"^[0-9a-f]{8}-", "", path.name)

@@ -1,4 +1,4 @@
-"""Makes words of reasons. Only the doors do: everything below works with codes and values.
+"""Makes words of reasons, for the doors; all rooms below them work with codes and values.
 
 Each room that has reasons has a file here, with a table from code to words.
 """
@@ -28,7 +28,7 @@ WORDS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     **training.WORDS,
     **versions.WORDS,
 }
-"""Every code, and the function that makes its words of its values."""
+"""Functions that make words of a reason's values, by code."""
 
 
 def words(reason: Reason) -> str:
@@ -52,7 +52,7 @@ def told(key: str, reason: Reason) -> dict[str, Any]:
 
 
 def _inner(value: Any) -> Any:
-    """Words of a reason that is a value of another one."""
+    """Makes words of a value that is a reason itself."""
     if isinstance(value, Mapping) and set(value) == {"code", "values"}:
         return words(Reason.of(value))
     return value

@@ -1,4 +1,4 @@
-"""Words for what became of predicted boxes, and for the time that was saved."""
+"""Words the audits: the fate of predicted boxes, and the time that was saved."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def with_words(audits: Mapping[str, Any]) -> dict[str, Any]:
     """Adds words to audits as JSON holds them: those of a summary, or of a version's card."""
     against = audits.get("against")
     if not isinstance(against, Mapping):
-        # The card of an older release holds the words.
+        # Cards of older releases hold words instead of a reason.
         return dict(audits)
     reason = Reason.of(against)
     return {

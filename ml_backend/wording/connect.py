@@ -1,4 +1,4 @@
-"""Words for what connecting a project did."""
+"""Words the steps of connecting a project."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Words for jobs: why they wait, start, go on and are tried again."""
+"""Words the reasons of jobs: why they wait, start, go on and are tried again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Words for the value of further labels."""
+"""Words the value of further labels."""
 
 from __future__ import annotations
 

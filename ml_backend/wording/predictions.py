@@ -1,4 +1,4 @@
-"""Words for what auto-labelling, and jobs like it, came to."""
+"""Words the outcomes of jobs that make or remove predictions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Words for trainings that came to nothing."""
+"""Words why a training made no version."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Words for verdicts on versions, and for what admins did with them."""
+"""Words the verdicts on versions, and promotions and rollbacks by admins."""
 
 from __future__ import annotations
 

@@ -55,7 +55,8 @@ class QueueEngine:
             "dbos_system_schema": QUEUE_SCHEMA,
             "application_version": PROTOCOL,
             "executor_id": self._executor,
-            "log_level": "WARNING",
+            # Its warnings would repeat several times a second while the database is away.
+            "log_level": "ERROR",
             "use_listen_notify": False,
         }
         DBOS(config=config)

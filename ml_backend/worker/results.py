@@ -83,7 +83,7 @@ class Results:
         """Enters a trained version, makes it live if it should be, and ends its training."""
         try:
             with self._database.session() as session:
-                project = session.get_one(Project, job.project_id, with_for_update=True)
+                session.get_one(Project, job.project_id, with_for_update=True)
                 self._jobs.check(session, job)
                 verdict = self._versions.record(
                     session,
@@ -97,14 +97,15 @@ class Results:
                 self._jobs.finish(job, JobState.DONE, verdict.reason, version=name, session=session)
         except TakenOver:
             with self._database.reading() as session:
+                key = session.get_one(Project, job.project_id).key
                 stored = session.scalar(
                     select(ModelVersion.id).where(
-                        ModelVersion.project_id == project.id, ModelVersion.name == name
+                        ModelVersion.project_id == job.project_id, ModelVersion.name == name
                     )
                 )
             if stored is None:
                 # Nobody will ever ask for the artefact.
-                self._artefacts.remove(project.key, name)
+                self._artefacts.remove(key, name)
             raise
         try:
             self._versions.prune(job.project_id, self._settings.keep_versions)

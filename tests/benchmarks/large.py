@@ -1,6 +1,9 @@
-"""What a large project costs: seconds, and memory, over the number of its tasks.
+"""Measure the time and the memory that a project takes, over the number of its tasks.
 
     python -m tests.benchmarks.large --sizes 1000,10000,100000
+
+To compare two commits, run the copy of this file that each commit has, one after the other on the
+same machine: the rows have the same names and measure the same work.
 
 Every task has one annotation of ten boxes. They are generated, and served by
 `generated_label_studio`, since no real Label Studio can be filled with a million regions in
@@ -8,14 +11,13 @@ reasonable time. Measured for each size:
 
 - reading the whole project back into an empty store, and reading back when nothing was missed;
 - the start of the server on the full store, its first `/setup` and its first `/webhook`;
-- whether a training is due (which the worker looks at within a second of every change), counting
-  what became of predictions, `/metrics`, `ml-backend status`;
+- deciding whether a training is due (which the worker does within a second of every change),
+  auditing the predictions, `/metrics`, `ml-backend status`;
 - building a training set: annotations, images of 17 x 16 pixels, fingerprints, sides;
-- and how long a webhook, of which ten are sent each second, takes at most while that goes on.
+- the slowest answer to a webhook, of which ten are sent each second, meanwhile.
 
-Memory is the peak of the process that does it (resident; what it imports is in the first column's
-figure as well as in the last's). What grows with the square shows as a hundredfold from one size to
-the next.
+Memory is the peak of resident memory of the process that does the work, its imports included. A
+cost that is quadratic in the number of tasks grows a hundredfold from one size to the next.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ from ml_backend.projects.reconcile import reconcile
 from ml_backend.settings import Settings, load_settings
 from ml_backend.store.tables import Project
 from ml_backend.training.dataset import build_dataset
+from ml_backend.training.sides import write_sides
 from tests.benchmarks.generated_label_studio import generated_label_studio, regions, task
 from tests.benchmarks.webhooks import send_webhook
 from tests.conftest import RunningBackend, capture
@@ -80,7 +83,7 @@ def _measure(size: int) -> dict[str, float]:
             Path(name),
             LABEL_STUDIO_URL=label_studio,
             LABEL_STUDIO_API_KEY="0" * 40,
-            # It looks whether a training is due, and none ever is.
+            # The worker decides whether a training is due; none ever is.
             ML_BACKEND_TRAIN_MIN="1000000000",
             ML_BACKEND_AUTO_LABEL="false",
         )
@@ -113,7 +116,7 @@ def _measure(size: int) -> dict[str, float]:
 
 
 def _afresh(backend: RunningBackend, size: int) -> dict[str, float]:
-    """Starts the server on what is stored."""
+    """Starts the server on the full store; measures the start and the first requests."""
     _err.print(f"{size:,}: start")
     return {
         "start: s": _seconds(backend.start),
@@ -123,7 +126,7 @@ def _afresh(backend: RunningBackend, size: int) -> dict[str, float]:
 
 
 def _peaks(backend: RunningBackend) -> dict[str, float]:
-    """Peak memory of the server's process and of the worker's."""
+    """Reads the peak memory of the server's process and of the worker's, in MiB."""
     peaks = {"server": 0.0, "worker": 0.0}
     for process in psutil.Process(backend.pid).children(recursive=True):
         name = "worker" if "worker" in process.cmdline() else "server"
@@ -135,7 +138,7 @@ def _peaks(backend: RunningBackend) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """What some work took: seconds, seconds of a core among them, and MiB at its peak."""
+    """Holds the seconds and the seconds of a core that some work took, and its peak in MiB."""
 
     seconds: float
     core: float
@@ -145,7 +148,7 @@ class _Measured:
 def _aside(
     say: str, what: str, work: Callable[[Backend], None], backend: RunningBackend, size: int
 ) -> dict[str, float]:
-    """Does something in a process of its own while webhooks arrive."""
+    """Does work in a process of its own while webhooks arrive; measures both."""
     _err.print(say)
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -185,7 +188,7 @@ def _read_back(backend: Backend) -> None:
 
 
 def _look(backend: Backend) -> None:
-    backend.jobs.consider_training(_project(backend).id)
+    backend.requests.training(_project(backend).id)
 
 
 def _audit(backend: Backend) -> None:
@@ -204,8 +207,16 @@ def _build(backend: Backend) -> None:
             Path(name),
             max_pixels=backend.settings.image_max_pixels,
             random_share=backend.settings.random_share,
-            on_progress=lambda fraction, words: None,
+            store_sides=lambda rows: _store_sides(backend, project.id, rows),
+            on_progress=lambda fraction, why: None,
         )
+
+
+def _store_sides(backend: Backend, project_id: int, rows: list[dict[str, Any]]) -> None:
+    """Stores the sides of tasks, as a worker does when a training reports them."""
+    with backend.database.session() as session:
+        session.get_one(Project, project_id, with_for_update=True)
+        write_sides(session, project_id, rows)
 
 
 def _setup(backend: RunningBackend) -> None:
@@ -215,7 +226,7 @@ def _setup(backend: RunningBackend) -> None:
 
 @contextmanager
 def _hooks(backend: RunningBackend, size: int) -> Iterator[list[float]]:
-    """Sends webhooks until the end; the seconds that each acknowledgement took."""
+    """Sends webhooks until the block ends; yields the seconds until each acknowledgement."""
     taken: list[float] = []
     done = threading.Event()
 
@@ -236,10 +247,13 @@ def _hooks(backend: RunningBackend, size: int) -> Iterator[list[float]]:
 
 
 def _hook(backend: RunningBackend, number: int) -> float:
-    """Somebody changes an annotation; answers the seconds until that is acknowledged."""
+    """Sends the change of an annotation; answers the seconds until it is acknowledged."""
     body: dict[str, Any] = capture("POST_webhook_ANNOTATION_UPDATED")
     moment = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime())}.{time.time_ns() % 10**9:09d}Z"
     body["project"]["label_config"] = LABEL_CONFIG
+    # Of the recorded project; the worker would read back another number at once, beside the
+    # reading that is measured.
+    body["project"].pop("total_annotations_number", None)
     body["annotation"] |= {
         "id": number,
         "task": number,

@@ -1,11 +1,11 @@
-"""What a label that is added half-way does to the others.
+"""Measure how a label that is added half-way changes the AP50 of the others.
 
     python -m tests.benchmarks.late DATASET --label Platelets
 
-Two simulated campaigns over the same images: in one the annotator draws the label's boxes once
-half of the images are labelled (those labelled before are not gone over again), in the other it
+Simulates two campaigns over the same images: in one, the annotator draws the label's boxes once
+half of the images are labelled, and does not go back to the earlier ones; in the other, the label
 does not exist. Both are measured on the images that were never labelled. The settings are those of
-a live project, as for `ml-backend simulate`.
+a live project, as for `ml-backend simulate`. To compare two commits, run each commit's own copy.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from rich.table import Table
 from ml_backend.datasets.reader import read_dataset
 from ml_backend.detection.device import resolve_device
 from ml_backend.detection.types import Sample
+from ml_backend.reasons import Reason
 from ml_backend.settings import load_settings
 from ml_backend.simulation.campaign import Simulation
 from ml_backend.simulation.results import Round
+from ml_backend.wording import words
 
 _err = Console(stderr=True)
 
@@ -45,7 +47,7 @@ def main(
         settings = settings.model_copy(update={"train_threads": os.cpu_count()})
     others = tuple(name for name in data.labels if name != label)
     last: dict[str, Round] = {}
-    reasons: dict[str, str] = {}
+    newest: dict[str, str] = {}
     for name, labels, samples, late in (
         ("added half-way", data.labels, list(data.samples), {label: images // 2}),
         ("never there", others, [_without(s, data.labels, others) for s in data.samples], {}),
@@ -55,12 +57,13 @@ def main(
         )
         campaign = simulation.loop("random", seed, stop_after=images, late=late)
         last[name] = next(r for r in reversed(campaign.rounds) if r.promoted)
-        reasons[name] = f"{campaign.rounds[-1].images} images: {campaign.rounds[-1].reason}"
+        finished = campaign.rounds[-1]
+        newest[name] = f"{finished.images} images: {words(finished.reason)}"
     if as_json:
         print(
             json.dumps(
                 {
-                    name: {"images": r.images, "ap50": r.ap50_of_rest, "newest": reasons[name]}
+                    name: {"images": r.images, "ap50": r.ap50_of_rest, "newest": newest[name]}
                     for name, r in last.items()
                 }
             )
@@ -74,8 +77,8 @@ def main(
             *(_shown(one.ap50_of_rest.get(known)) for known in data.labels),
         )
     Console().print(table)
-    for name, reason in reasons.items():
-        Console().print(f"{name}, {reason}", soft_wrap=True, highlight=False)
+    for name, verdict in newest.items():
+        Console().print(f"{name}, {verdict}", soft_wrap=True, highlight=False)
     with_it, without = (one.ap50_of_rest for one in last.values())
     change = np.mean([(with_it[other] or 0.0) - (without[other] or 0.0) for other in others])
     Console().print(f"the others change by {100 * change:+.1f} points of AP50 on average")
@@ -91,8 +94,8 @@ def _shown(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-def _tell(fraction: float, words: str) -> None:
-    _err.print(f"{fraction:.0%} {words}", end="\r", highlight=False)
+def _tell(fraction: float, why: Reason) -> None:
+    _err.print(f"{fraction:.0%} {words(why)}", end="\r", highlight=False)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
-"""How good a detector gets, over the number of annotated images, and how long it takes.
+"""Measure how good a detector gets, and how long it takes, over the number of annotated images.
 
     python -m tests.benchmarks.learn DATASET --weights FILE
 
 DATASET is COCO, Pascal VOC, YOLO or an export of Label Studio. For each size the first images of
-one seeded order are learned from; all others measure, but never those among the first 55, so that
-the smaller sizes are measured on the same images.
+one seeded order are learned from; all images after the first 55 measure, or after the size where
+that is more, so that the smaller sizes are measured on the same images.
+
+To compare two commits, run each commit's own copy with the same `--threads` (a copy without this
+option uses all cores) and with a `--budget` that no training reaches: how many steps a training
+takes before its budget ends it depends on the load of the machine.
 """
 
 from __future__ import annotations
@@ -41,6 +45,7 @@ def main(
     sizes: Annotated[str, typer.Option(help="Numbers of images.")] = "10,25,55,110,219",
     budget: Annotated[float, typer.Option(help="Seconds that each training may take.")] = 360.0,
     seed: Annotated[int, typer.Option(help="Of the order, and of the trainings.")] = 0,
+    threads: Annotated[int, typer.Option(help="Of a training; 0 for all cores.")] = 0,
     warm: Annotated[
         bool, typer.Option(help="Also start each size from the detector of the one before.")
     ] = False,
@@ -61,7 +66,15 @@ def main(
             starts.append(("the detector before", before))
         for name, start in starts:
             result = _train(
-                preset, labels, learned, start, weights, torch.device(device), seed, budget
+                preset,
+                labels,
+                learned,
+                start,
+                weights,
+                torch.device(device),
+                seed,
+                budget,
+                threads or usable_cores(),
             )
             rows.append(_row(size, name, result, held, labels))
             _err.print(rows[-1])
@@ -92,6 +105,7 @@ def _train(
     device: torch.device,
     seed: int,
     budget: float,
+    threads: int,
 ) -> TrainingResult:
     with Bar(console=_err, transient=True) as bar:
         task = bar.add_task(f"{len(samples)} images", total=1.0)
@@ -109,7 +123,7 @@ def _train(
             device=device,
             seed=seed,
             budget_seconds=budget,
-            threads=usable_cores(),
+            threads=threads,
             on_progress=tell,
         )
 

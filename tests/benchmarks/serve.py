@@ -1,14 +1,15 @@
-"""How fast the server answers, as ratios within one run.
+"""Measure how fast the server answers, as ratios within one run.
 
     python -m tests.benchmarks.serve
 
 Starts `ml-backend serve` on a detector trained for a moment on generated shapes, and measures
 `/predict` over HTTP against a bare loop over the same model and images, `/webhook` while a
-training runs, and `/predict` during the training against idle. Last, the worst hour of a team in
-ten seconds: during the training 100 webhooks arrive each second, at even distances, while 16
-annotators open tasks, each the next one a second after the last one's boxes are there. To reach:
-the 99th percentile of the webhooks' answers under 250 ms on two cores, every one under Label
-Studio's 1 s. `--load-only` measures nothing else.
+training runs, and `/predict` during the training against idle. Last, a heavy load for ten seconds:
+during the training 100 webhooks arrive each second, at even distances, while 16 annotators open
+tasks, each the next one a second after the boxes of the last one have arrived. The aim is a 99th
+percentile of the webhooks' answers under 250 ms on two cores, and every answer within the 1 s that
+Label Studio waits. `--load-only` measures the heavy load alone. To compare two commits, run each
+commit's own copy.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def _prepare(
     device: str,
     seconds: float,
 ) -> tuple[RunningBackend, dict[str, Any]]:
-    """A backend with a live version, not yet started, and how fast the bare loop is."""
+    """Makes a backend with a live version, not yet started; measures the bare loop."""
     backend = RunningBackend(
         folder,
         ML_BACKEND_PRESET=preset,

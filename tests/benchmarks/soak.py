@@ -1,4 +1,4 @@
-"""Whether a backend that runs for long grows: memory, threads, open files, disk.
+"""Measure whether the memory, threads, open files or disk of a running backend grow.
 
     python -m tests.benchmarks.soak --minutes 30
 
@@ -53,17 +53,17 @@ _err = Console(stderr=True)
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What the backend holds at a moment.
+    """Holds the resources that the backend uses at a moment.
 
     Attributes:
         minute: since the start.
-        server_mib: resident memory of the server's process,
-        server_threads: its threads,
-        server_files: its open files, sockets among them.
-        worker_mib: the same of the worker's,
-        worker_threads: and so on.
-        worker_files: and so on.
-        disk_mib: everything below `MODEL_DIR`.
+        server_mib: resident memory of the server's process.
+        server_threads: threads of the server's process.
+        server_files: open files of the server's process, sockets among them.
+        worker_mib: resident memory of the worker's process.
+        worker_threads: threads of the worker's process.
+        worker_files: open files of the worker's process, sockets among them.
+        disk_mib: size of all files below `MODEL_DIR`.
     """
 
     minute: float
@@ -232,7 +232,7 @@ def _look(backend: RunningBackend, began: float) -> Look:
 
 
 def _processes(backend: RunningBackend) -> tuple[psutil.Process, psutil.Process] | None:
-    """The process that serves, and the worker."""
+    """Finds the process that serves, and the worker's."""
     children = psutil.Process(backend.pid).children()
     workers = [child for child in children if "worker" in child.cmdline()]
     servers = [
@@ -250,7 +250,7 @@ def _size(path: Path) -> int:
 
 
 def _grown(before: Look, after: Look) -> list[str]:
-    """What has grown by more than it may."""
+    """Lists the resources that have grown by more than is allowed."""
     allowed = {
         "server_mib": max(_MEMORY, _SHARE * before.server_mib),
         "worker_mib": max(_MEMORY, _SHARE * before.worker_mib),

@@ -54,7 +54,7 @@ class DatasetFormat(ABC):
     """
 
     description: ClassVar[str]
-    """What a data set in this format consists of, for the message that no data set was found."""
+    """Files of a data set in this format, for the message that no data set was found."""
     file_suffixes: ClassVar[frozenset[str]] = frozenset()
     """Suffixes, in lower case, of a single file that may hold a whole data set in this format."""
     image_folder: ClassVar[str] = "images"

@@ -112,7 +112,7 @@ def _images(
 
 
 def _box(annotation: Any, categories: dict[int | str, str]) -> Box | str:
-    """The box of an annotation, or the reason why there is none."""
+    """Reads the box of an annotation, or answers the reason why there is none."""
     try:
         if annotation.get("iscrowd"):
             return "a crowd (iscrowd) is no single object"

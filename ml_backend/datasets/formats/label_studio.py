@@ -87,7 +87,7 @@ class LabelStudioExport(DatasetFormat):
 
 
 def _holds(content: object, *keys: str) -> bool:
-    """Whether a JSON value is a list with an object that has all the keys."""
+    """Tells whether a JSON value is a list with an object that has all the keys."""
     return isinstance(content, list) and any(
         isinstance(one, dict) and all(key in one for key in keys) for one in content
     )
@@ -139,7 +139,7 @@ def _task_name(task: Any) -> str:
 
 
 def _result_that_counts(task: Any) -> list[Any] | None:
-    """The result of the annotation that counts, by the rule of `training.dataset`."""
+    """Selects the result of the annotation that counts, by the rule of `training.dataset`."""
     if not isinstance(task, dict) or not isinstance(task.get("data"), dict):
         return None
     annotations = task.get("annotations")
@@ -164,7 +164,7 @@ def _result_that_counts(task: Any) -> list[Any] | None:
 
 
 def _image_path(value: object) -> str | None:
-    """The path in an image's address: `/data/upload/1/a.jpg`, `/data/local-files/?d=a.jpg`, …"""
+    """Finds the path in an address: `/data/upload/1/a.jpg`, `/data/local-files/?d=a.jpg`, …"""
     if not isinstance(value, str):
         return None
     try:

@@ -95,7 +95,7 @@ def _is_annotation(file: Path) -> bool:
 
 
 def _box(thing: Any) -> Box | str:
-    """The box of an object, or the reason why there is none."""
+    """Reads the box of an object, or answers the reason why there is none."""
     try:
         label, bounds = thing["name"], thing["bndbox"]
         x1, y1, x2, y2 = (float(bounds[key]) for key in ("xmin", "ymin", "xmax", "ymax"))

@@ -84,7 +84,7 @@ def _is_in_labels(file: PurePosixPath) -> bool:
 
 
 def _label_file(image: PurePosixPath) -> PurePosixPath:
-    """The path of an image's text file: the last `images` of its path is `labels` there."""
+    """Makes the path of an image's text file: `labels` replaces the last `images` of the path."""
     parts = list(image.with_suffix(".txt").parts)
     for i in range(len(parts) - 2, -1, -1):
         if parts[i].lower() == "images":
@@ -94,7 +94,7 @@ def _label_file(image: PurePosixPath) -> PurePosixPath:
 
 
 def _classes(folder: Folder) -> tuple[dict[int, str], bool] | None:
-    """Names of the classes by number, and whether keypoints follow the boxes."""
+    """Reads the names of the classes by number, and whether keypoints follow the boxes."""
     for file in folder.files:
         if len(file.parts) < 3 and file.suffix.lower() in {".yaml", ".yml"}:
             path = folder.root / file
@@ -126,7 +126,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def _box(line: str, names: dict[int, str], with_keypoints: bool) -> Box | str:
-    """The box of a line, as fractions, or the reason why there is none."""
+    """Reads the box of a line, in fractions, or answers the reason why there is none."""
     try:
         number, *values = (float(value) for value in line.split())
     except ValueError:

@@ -225,7 +225,7 @@ class TorchvisionDetector(Architecture):
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """The rows of a tensor: `each` for every output, grouped by anchor or by output."""
+    """Finds the rows of a tensor: `each` for every output, grouped by anchor or by output."""
 
     each: int
     anchor_major: bool

@@ -6,8 +6,6 @@ Revision ID: 0003
 import sqlalchemy as sa
 from alembic import op
 
-from ml_backend.store.tables import UTCDateTime
-
 revision = "0003"
 down_revision = "0002"
 branch_labels = None
@@ -15,7 +13,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    op.add_column("projects", sa.Column("described_at", UTCDateTime(), nullable=True))
+    op.add_column("projects", sa.Column("described_at", sa.DateTime(timezone=True), nullable=True))
 
 
 def downgrade() -> None:

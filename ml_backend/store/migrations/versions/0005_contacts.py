@@ -6,8 +6,6 @@ Revision ID: 0005
 import sqlalchemy as sa
 from alembic import op
 
-from ml_backend.store.tables import UTCDateTime
-
 revision = "0005"
 down_revision = "0004"
 branch_labels = None
@@ -18,8 +16,8 @@ def upgrade() -> None:
     op.create_table(
         "contacts",
         sa.Column("url", sa.Text(), nullable=False),
-        sa.Column("answered_at", UTCDateTime(), nullable=True),
-        sa.Column("failing_since", UTCDateTime(), nullable=True),
+        sa.Column("answered_at", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("failing_since", sa.DateTime(timezone=True), nullable=True),
         sa.Column("failure", sa.String(length=32), nullable=False),
         sa.Column("detail", sa.Text(), nullable=False),
         sa.PrimaryKeyConstraint("url"),

@@ -11,8 +11,6 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import op
 
-from ml_backend.store.tables import UTCDateTime
-
 revision = "0007"
 down_revision = "0006"
 branch_labels = None
@@ -31,7 +29,7 @@ def _annotations() -> sa.TableClause:
 
 
 def upgrade() -> None:
-    op.add_column("projects", sa.Column("unread_since", UTCDateTime(), nullable=True))
+    op.add_column("projects", sa.Column("unread_since", sa.DateTime(timezone=True), nullable=True))
     op.add_column("projects", sa.Column("audit_basis", sa.String(length=200), nullable=True))
     op.add_column(
         "audits",
@@ -42,7 +40,7 @@ def upgrade() -> None:
         sa.Column("unaided", sa.Boolean(), nullable=False, server_default=sa.false()),
     )
     op.add_column("audits", sa.Column("lead_time", sa.Float(), nullable=True))
-    op.add_column("audits", sa.Column("annotated_at", UTCDateTime(), nullable=True))
+    op.add_column("audits", sa.Column("annotated_at", sa.DateTime(timezone=True), nullable=True))
     audits, annotations = _audits(), _annotations()
     of_audit = annotations.c.id == audits.c.annotation_id
 
