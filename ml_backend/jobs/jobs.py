@@ -263,9 +263,9 @@ class Jobs:
             ).all()
         for number in without_entry:
             with self._database.session() as session:
-                job = session.get_one(Job, number, with_for_update=True)
-                if job.state == JobState.QUEUED and job.run == 0:
-                    self._queue.put(session, job)
+                earlier = session.get_one(Job, number, with_for_update=True)
+                if earlier.state == JobState.QUEUED and earlier.run == 0:
+                    self._queue.put(session, earlier)
         lost: list[tuple[int, int]] = []
         for number in silent:
             if number in mine:

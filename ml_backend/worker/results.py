@@ -83,7 +83,7 @@ class Results:
         """Enters a trained version, makes it live if it should be, and ends its training."""
         try:
             with self._database.session() as session:
-                session.get_one(Project, job.project_id, with_for_update=True)
+                project = session.get_one(Project, job.project_id, with_for_update=True)
                 self._jobs.check(session, job)
                 verdict = self._versions.record(
                     session,
