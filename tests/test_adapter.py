@@ -1,4 +1,4 @@
-"""label-studio-ml's interface: the class alone, and hosted by label-studio-ml's own server."""
+"""Test label-studio-ml's interface: the class alone, and hosted by label-studio-ml's server."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _request() -> tuple[str, str, list[dict[str, Any]]]:
     return body["project"], body["label_config"], body["tasks"]
 
 
-def test_the_class_answers_one_prediction_for_each_task() -> None:
+def test_detector_model_predict_answers_one_prediction_for_each_task() -> None:
     project, config, tasks = _request()
     model = DetectorModel(project_id=project, label_config=config)
     assert model.model_version == "untrained"
@@ -85,7 +85,7 @@ def test_the_class_answers_one_prediction_for_each_task() -> None:
     assert predictions == [{"result": [], "score": 0.0, "model_version": "untrained"}] * 3
 
 
-def test_the_class_stores_what_it_is_told() -> None:
+def test_detector_model_fit_stores_events_and_asks_for_a_training() -> None:
     project, config, _ = _request()
     model = DetectorModel(project, config)
     told = capture("POST_webhook_ANNOTATION_CREATED")
@@ -94,17 +94,19 @@ def test_the_class_stores_what_it_is_told() -> None:
     asked = model.fit("START_TRAINING", capture("POST_webhook_START_TRAINING"))
     assert asked["status"] == "refused"
     assert "at least 2 annotated tasks" in asked["reason"]
+    assert asked["reason_code"] == "jobs.too_few_annotated"
+    assert asked["reason_values"] == {"annotated": 1, "needed": 2}
     assert model.fit("REVIEW_CREATED", {}) == {"status": "ignored"}
 
 
-def test_label_studio_ml_is_imported_only_when_the_adapter_is_used() -> None:
+def test_adapter_unused_does_not_import_label_studio_ml() -> None:
     assert "label_studio_ml" not in sys.modules
     with pytest.raises(ImportError, match="label_studio_ml"):
         label_studio_ml_model()
 
 
 @pytest.mark.usefixtures("_hosted")
-def test_the_adapter_answers_as_label_studio_mls_server_expects() -> None:
+def test_adapter_hosted_answers_as_label_studio_mls_server_expects() -> None:
     from label_studio_ml.response import ModelResponse
 
     project, config, tasks = _request()

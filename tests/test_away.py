@@ -247,7 +247,7 @@ def test_jobs_label_studio_fails_wait_with_a_reason_and_end_once_it_is_back(
         line = f'label_studio_failing_seconds{{failure="{kind}",url="{proxy.url}"}}'
         assert line in served.get("/metrics").text
         found = site.findings()
-        assert words in found["requests"].detail
+        assert words in found["requests"].reason.values["detail"]
         about = found["token" if how == "401" and "token" in found else "Label Studio"]
         assert about.status == "error"
 

@@ -1,4 +1,4 @@
-"""Connections that somebody added by hand, and Label Studio under its browsers' address."""
+"""Test connections that were added by hand, and Label Studio under its browsers' address."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BROWSERS = "http://label-studio.example:8080"
 
 
 class _OtherModel(http.server.BaseHTTPRequestHandler):
-    """Somebody else's ML backend; `seen` holds the Authorization of each request."""
+    """Answers as another ML backend; `seen` holds the Authorization of each request."""
 
     seen: list[str | None]
 
@@ -54,7 +54,7 @@ class _OtherModel(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def other_model() -> Iterator[tuple[str, list[str | None]]]:
-    """The address of somebody else's ML backend, and what it saw of credentials."""
+    """Runs another ML backend; gives its address and the credentials that it received."""
     seen: list[str | None] = []
     handler = type("Handler", (_OtherModel,), {"seen": seen})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -64,7 +64,7 @@ def other_model() -> Iterator[tuple[str, list[str | None]]]:
 
 
 class Site:
-    """A project in Label Studio, with a live version here, and nobody ran `connect`."""
+    """Holds a project with a live version, for which nobody ran `connect`."""
 
     def __init__(self, server: LabelStudioServer, folder: Path) -> None:
         self.server = server
@@ -83,7 +83,7 @@ class Site:
         self.learn("v1")
 
     def backend(self) -> Backend:
-        """The parts, as they are set now."""
+        """Makes the backend of the present settings."""
         return Backend(load_settings(self.running.settings))
 
     def learn(self, name: str) -> None:
@@ -93,16 +93,16 @@ class Site:
         make_live(self.backend(), detector, name, key=self.key, label_config=LABEL_CONFIG)
 
     def row(self) -> Project:
-        """What is known of the project."""
+        """Reads the row of the project."""
         with self.backend().database.reading() as session:
             return session.query(Project).filter_by(key=self.key).one()
 
     def follow(self) -> None:
-        """What the worker does after a promotion."""
+        """Updates the connection's title, as the worker does after a promotion."""
         assert self.backend().connection_title.update(self.row().id)
 
     def call(self, method: str, path: str, body: object = None) -> Any:
-        """One request to Label Studio's API."""
+        """Sends a request to Label Studio's API; answers its JSON."""
         return ask(self.server, method, path, body)
 
     def add(self, url: str, title: str, **fields: str) -> None:
@@ -111,18 +111,18 @@ class Site:
         self.call("POST", "/api/ml", body)
 
     def titles(self) -> dict[str, str]:
-        """The titles of its connections, by address."""
+        """Reads the titles of its connections, by address."""
         return {c["url"]: c["title"] for c in self.call("GET", f"/api/ml?project={self.project}")}
 
     def findings(self, status: int) -> dict[str, dict[str, str]]:
-        """What the doctor finds."""
+        """Runs `doctor`; gives its findings by the thing examined."""
         found = self.running.json("doctor", "--project", str(self.project), status=status)
         return {f["what"]: f for f in found}
 
 
 @pytest.fixture
 def site(label_studio: LabelStudioServer, tmp_path: Path) -> Iterator[Site]:
-    """A project of its own for each test."""
+    """Makes a project for each test."""
     made = Site(label_studio, tmp_path)
     yield made
     made.running.stop()

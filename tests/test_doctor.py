@@ -13,8 +13,11 @@ from ml_backend.backend import Backend
 from ml_backend.demo.label_studio_server import free_port
 from ml_backend.doctor.finding import Examined, Finding
 from ml_backend.doctor.server import server
+from ml_backend.reasons import Reason
 from ml_backend.settings import load_settings
 from ml_backend.store.tables import Project
+from ml_backend.wording import words
+from ml_backend.wording.doctor import REMEDIES, WORDS, remedy
 
 KEY = "1.1795463889"
 
@@ -64,8 +67,8 @@ def test_doctor_server_answers_at_the_connections_address_is_ok(
     tmp_path: Path, address: str, number: int | None
 ) -> None:
     (found,) = _look(tmp_path, port=free_port(), connected=address, number=number)
-    assert (found.status, found.remedy) == ("ok", "")
-    assert found.detail == f"{address}, the address of the connection, is up"
+    assert (found.status, remedy(found.reason)) == ("ok", "")
+    assert words(found.reason) == f"{address}, the address of the connection, is up"
 
 
 def test_doctor_server_connections_address_is_good_for_label_studio_alone_is_ok(
@@ -75,19 +78,26 @@ def test_doctor_server_connections_address_is_good_for_label_studio_alone_is_ok(
     port = int(address.rpartition(":")[2])
     (found,) = _look(tmp_path, port=port, connected=nowhere)
     assert found.status == "ok"
-    assert f"{nowhere}, the address of the connection, does not answer from here" in found.detail
+    assert f"{nowhere}, the address of the connection, does not answer from here" in words(
+        found.reason
+    )
 
 
 def test_doctor_server_answers_nowhere_names_every_address_tried(tmp_path: Path) -> None:
     nowhere, port = f"http://127.0.0.1:{free_port()}", free_port()
     (found,) = _look(tmp_path, port=port, connected=nowhere)
-    assert (found.status, found.remedy) == ("error", "start it: `ml-backend serve`")
-    assert nowhere in found.detail
-    assert f":{port}" in found.detail
+    assert (found.status, remedy(found.reason)) == ("error", "start it: `ml-backend serve`")
+    assert nowhere in words(found.reason)
+    assert f":{port}" in words(found.reason)
 
 
 def test_doctor_server_without_a_connection_is_looked_for_at_host_and_port(
     tmp_path: Path, address: str
 ) -> None:
     (found,) = _look(tmp_path, port=int(address.rpartition(":")[2]))
-    assert found == Finding("server", "ok", f"{address} is up")
+    assert found == Finding("server", "ok", Reason("doctor.server_up", {"url": address}))
+    assert (words(found.reason), remedy(found.reason)) == (f"{address} is up", "")
+
+
+def test_remedies_belong_to_codes_that_have_words() -> None:
+    assert set(REMEDIES) <= set(WORDS)

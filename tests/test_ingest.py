@@ -1,4 +1,4 @@
-"""What arrives is stored: twice, late, out of order or all at once, and it survives a kill."""
+"""Test the storing of events that arrive twice, late, out of order, all at once, or at a kill."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ KEY = "1.1795463889"
 
 
 class Store:
-    """A database of its own, filled by webhooks' bodies."""
+    """Holds a database of its own, filled by webhooks' bodies."""
 
     def __init__(self, url: str) -> None:
         self.database = Database(url)
@@ -88,7 +88,7 @@ class Store:
 
 @pytest.fixture
 def store(database_url: str) -> Iterator[Store]:
-    """An empty store."""
+    """Makes an empty store."""
     store = Store(database_url)
     yield store
     store.database.close()
@@ -97,7 +97,7 @@ def store(database_url: str) -> Iterator[Store]:
 def _created(
     number: int, *, minute: int = 0, task: int | None = None, width: float = 10, **fields: object
 ) -> dict[str, Any]:
-    """ANNOTATION_CREATED as recorded, of another annotation, in the state of a minute."""
+    """Makes an ANNOTATION_CREATED as recorded, of another annotation, in the state of a minute."""
     body = copy.deepcopy(capture("POST_webhook_ANNOTATION_CREATED"))
     moment = (START + timedelta(minutes=minute)).isoformat()
     task = number if task is None else task
@@ -131,14 +131,14 @@ def _width(annotation: Annotation) -> float:
 
 
 def _shown(*bodies: dict[str, Any]) -> tuple[list[TaskInfo], list[AnnotationInfo]]:
-    """Tasks and annotations as the API would show them."""
+    """Makes tasks and annotations as the API would show them."""
     return (
         [read_task(body["task"]) for body in bodies],
         [read_annotation(body["annotation"]) for body in bodies],
     )
 
 
-def test_the_recorded_webhooks_in_their_order_leave_what_label_studio_holds(store: Store) -> None:
+def test_apply_recorded_webhooks_in_order_store_what_label_studio_holds(store: Store) -> None:
     for name in (
         "ANNOTATION_CREATED",
         "ANNOTATION_UPDATED",
@@ -158,7 +158,7 @@ def test_the_recorded_webhooks_in_their_order_leave_what_label_studio_holds(stor
     assert store.annotation(3).parent_prediction == 3
 
 
-def test_the_same_event_twice_counts_once(store: Store) -> None:
+def test_apply_same_event_twice_counts_once(store: Store) -> None:
     assert store.hear(_created(1)).changed == 1
     first = store.project()
     assert store.hear(_created(1)).changed == 0
@@ -167,13 +167,13 @@ def test_the_same_event_twice_counts_once(store: Store) -> None:
     assert (store.annotated(), store.changes()) == (1, 1)
 
 
-def test_a_late_creation_does_not_undo_an_update(store: Store) -> None:
+def test_apply_late_creation_does_not_undo_an_update(store: Store) -> None:
     store.hear(_updated(1, minute=2, width=33))
     assert store.hear(_created(1, minute=0, width=10)).changed == 0
     assert _width(store.annotation(1)) == 33
 
 
-def test_an_old_update_does_not_undo_a_newer_one(store: Store) -> None:
+def test_apply_old_update_does_not_undo_a_newer_one(store: Store) -> None:
     store.hear(_created(1, minute=0))
     store.hear(_updated(1, minute=5, width=55))
     assert store.hear(_updated(1, minute=3, width=33)).changed == 0
@@ -182,7 +182,7 @@ def test_an_old_update_does_not_undo_a_newer_one(store: Store) -> None:
     assert _width(store.annotation(1)) == 77
 
 
-def test_old_data_of_a_task_do_not_undo_newer_ones(store: Store) -> None:
+def test_apply_old_task_data_do_not_undo_newer_ones(store: Store) -> None:
     newer = _created(1, task=9, minute=5)
     newer["task"]["data"] = {"image": "/data/new.jpg"}
     store.hear(newer)
@@ -191,7 +191,7 @@ def test_old_data_of_a_task_do_not_undo_newer_ones(store: Store) -> None:
     assert store.annotated() == 1
 
 
-def test_an_update_after_the_deletion_revives_nothing(store: Store) -> None:
+def test_apply_update_after_the_deletion_revives_nothing(store: Store) -> None:
     store.hear(_created(1))
     assert store.hear(_deleted(1)).changed == 1
     assert store.hear(_updated(1, minute=9)).changed == 0
@@ -199,14 +199,14 @@ def test_an_update_after_the_deletion_revives_nothing(store: Store) -> None:
     assert store.annotated() == 0
 
 
-def test_a_deletion_heard_before_the_creation_holds(store: Store) -> None:
+def test_apply_deletion_before_the_creation_holds(store: Store) -> None:
     assert store.hear(_deleted(1)).changed == 0
     assert store.hear(_created(1)).changed == 0
     assert (store.annotated(), store.live(), store.changes()) == (0, 0, 0)
     assert store.project().revision == 0
 
 
-def test_a_deletion_counts_as_a_change_and_counts_once(store: Store) -> None:
+def test_apply_deletion_twice_counts_as_one_change(store: Store) -> None:
     store.hear(_created(1))
     store.hear(_created(2))
     seen = store.project().revision
@@ -216,7 +216,7 @@ def test_a_deletion_counts_as_a_change_and_counts_once(store: Store) -> None:
     assert store.annotated() == 1
 
 
-def test_annotations_created_in_bulk_are_all_stored(store: Store) -> None:
+def test_apply_annotations_created_in_bulk_are_all_stored(store: Store) -> None:
     body = capture("POST_webhook_ANNOTATIONS_CREATED")
     assert store.hear(body).changed == 3
     assert store.annotated() == 3
@@ -224,7 +224,7 @@ def test_annotations_created_in_bulk_are_all_stored(store: Store) -> None:
     assert store.task(4).data == body["task"][1]["data"]
 
 
-def test_more_annotations_than_a_statement_holds_are_all_stored(store: Store) -> None:
+def test_apply_more_annotations_than_a_statement_holds_are_all_stored(store: Store) -> None:
     body = capture("POST_webhook_ANNOTATIONS_CREATED")
     bodies = [_created(number) for number in range(1, 1202)]
     body["annotation"] = [b["annotation"] for b in bodies]
@@ -235,7 +235,7 @@ def test_more_annotations_than_a_statement_holds_are_all_stored(store: Store) ->
     assert store.annotated() == 0
 
 
-def test_the_same_annotation_twice_in_one_event_is_stored_in_its_later_state(store: Store) -> None:
+def test_apply_annotation_twice_in_one_event_is_stored_in_its_later_state(store: Store) -> None:
     body = capture("POST_webhook_ANNOTATIONS_CREATED")
     bodies = [_created(1, minute=5, width=55), _created(1, minute=1, width=11)]
     body["annotation"] = [b["annotation"] for b in bodies]
@@ -244,7 +244,7 @@ def test_the_same_annotation_twice_in_one_event_is_stored_in_its_later_state(sto
     assert _width(store.annotation(1)) == 55
 
 
-def test_a_skipped_annotation_is_kept_and_not_learned_from(store: Store) -> None:
+def test_apply_skipped_annotation_is_kept_and_not_learned_from(store: Store) -> None:
     store.hear(_created(1, was_cancelled=True))
     store.hear(_created(2))
     assert store.annotation(1).was_cancelled
@@ -253,18 +253,18 @@ def test_a_skipped_annotation_is_kept_and_not_learned_from(store: Store) -> None
     assert (store.annotated(), store.live()) == (2, 2)
 
 
-def test_several_annotations_of_a_task_make_one_annotated_task(store: Store) -> None:
+def test_annotated_tasks_several_annotations_of_a_task_count_once(store: Store) -> None:
     store.hear(_created(1, task=5))
     store.hear(_created(2, task=5))
     assert (store.annotated(), store.live()) == (1, 2)
 
 
-def test_a_true_negative_is_learned_from(store: Store) -> None:
+def test_annotated_tasks_empty_annotation_counts(store: Store) -> None:
     store.hear(_created(1, result=[]))
     assert store.annotated() == 1
 
 
-def test_deleted_tasks_take_their_annotations_along(store: Store) -> None:
+def test_apply_deleted_tasks_delete_their_annotations(store: Store) -> None:
     for number in (1, 2, 3):
         store.hear(_created(number))
     assert store.hear(_tasks_deleted(1, 3)).changed == 2
@@ -274,14 +274,14 @@ def test_deleted_tasks_take_their_annotations_along(store: Store) -> None:
     assert store.hear(_tasks_deleted(1, 3)).changed == 0
 
 
-def test_a_late_event_does_not_revive_a_deleted_task(store: Store) -> None:
+def test_apply_late_event_does_not_revive_a_deleted_task(store: Store) -> None:
     store.hear(_tasks_deleted(1))
     store.hear(_created(1, minute=9))
     assert store.annotated() == 0
     assert store.task(1).deleted_at is not None
 
 
-def test_what_the_api_no_longer_shows_is_gone(store: Store) -> None:
+def test_read_back_annotation_no_longer_shown_is_deleted(store: Store) -> None:
     for number in (1, 2):
         store.hear(_created(number, task=5))
     project = store.project()
@@ -294,7 +294,7 @@ def test_what_the_api_no_longer_shows_is_gone(store: Store) -> None:
     assert store.project().revision == project.revision + 1
 
 
-def test_what_arrived_after_the_api_was_asked_stays(store: Store) -> None:
+def test_read_back_annotation_that_arrived_after_the_request_stays(store: Store) -> None:
     store.hear(_created(2, task=5))
     asked_at = now()
     store.hear(_created(1, task=5))
@@ -305,7 +305,9 @@ def test_what_arrived_after_the_api_was_asked_stays(store: Store) -> None:
     assert store.annotation(1).deleted_at is None
 
 
-def test_what_was_missed_is_read_back_and_what_is_known_is_not_counted_again(store: Store) -> None:
+def test_read_back_missed_annotation_is_stored_and_known_ones_are_not_counted_again(
+    store: Store,
+) -> None:
     store.hear(_created(1, width=11))
     shown = _shown(_created(1, width=11), _created(2), _updated(3, minute=4, width=44))
     number = store.project().id
@@ -315,7 +317,7 @@ def test_what_was_missed_is_read_back_and_what_is_known_is_not_counted_again(sto
     assert store.project().revision == 2
 
 
-def test_what_the_api_shows_is_later_than_a_clock_that_was_ahead(store: Store) -> None:
+def test_read_back_clock_was_ahead_stores_the_state_that_the_api_shows(store: Store) -> None:
     store.hear(_created(1, minute=400_000, width=11))
     store.hear(_updated(1, minute=5, width=22))
     assert _width(store.annotation(1)) == 11
@@ -329,7 +331,7 @@ def test_what_the_api_shows_is_later_than_a_clock_that_was_ahead(store: Store) -
     assert _width(store.annotation(1)) == 33
 
 
-def test_reading_back_does_not_revive_what_was_deleted_meanwhile(store: Store) -> None:
+def test_read_back_deleted_meanwhile_is_not_revived(store: Store) -> None:
     store.hear(_created(1))
     shown = _shown(_created(1))
     asked_at = now()
@@ -338,7 +340,7 @@ def test_reading_back_does_not_revive_what_was_deleted_meanwhile(store: Store) -
     assert store.annotated() == 0
 
 
-def test_reading_back_leaves_the_annotations_of_other_tasks_alone(store: Store) -> None:
+def test_read_back_annotations_of_other_tasks_stay(store: Store) -> None:
     store.hear(_created(1))
     store.hear(_created(2))
     later = now() + timedelta(seconds=1)
@@ -346,7 +348,7 @@ def test_reading_back_leaves_the_annotations_of_other_tasks_alone(store: Store) 
     assert store.annotated() == 2
 
 
-def test_tasks_that_label_studio_no_longer_has_leave(store: Store) -> None:
+def test_remove_tasks_deletes_them_and_their_annotations(store: Store) -> None:
     for number in (1, 2):
         store.hear(_created(number))
     project = store.project()
@@ -357,7 +359,7 @@ def test_tasks_that_label_studio_no_longer_has_leave(store: Store) -> None:
     assert store.ingest.remove_tasks(project.id, {1}) == 0
 
 
-def test_what_the_api_shows_is_there_though_it_was_taken_for_deleted(store: Store) -> None:
+def test_read_back_shown_again_after_a_deletion_is_restored(store: Store) -> None:
     for number in (1, 2, 3):
         store.hear(_created(number, width=11))
     store.hear(_tasks_deleted(1))
@@ -375,7 +377,7 @@ def test_what_the_api_shows_is_there_though_it_was_taken_for_deleted(store: Stor
     assert _width(store.annotation(1)) == 33
 
 
-def test_a_deletion_heard_after_the_api_was_asked_wins(store: Store) -> None:
+def test_read_back_deletion_after_the_request_wins(store: Store) -> None:
     for number in (1, 2):
         store.hear(_created(number))
     shown = _shown(_created(1, minute=5), _created(2, minute=5))
@@ -387,7 +389,7 @@ def test_a_deletion_heard_after_the_api_was_asked_wins(store: Store) -> None:
     assert store.annotated() == 0
 
 
-def test_an_annotation_that_can_no_longer_be_read_stays_as_it_is_known(store: Store) -> None:
+def test_read_back_unreadable_annotation_stays_as_it_is_stored(store: Store) -> None:
     store.hear(_created(1, task=5))
     tasks, _ = _shown(_created(1, task=5))
     later = now() + timedelta(seconds=1)
@@ -396,7 +398,7 @@ def test_an_annotation_that_can_no_longer_be_read_stays_as_it_is_known(store: St
     assert store.annotated() == 1
 
 
-def test_projects_of_the_same_id_are_kept_apart_by_their_creation(store: Store) -> None:
+def test_introduce_same_id_of_two_label_studios_makes_two_projects(store: Store) -> None:
     other = _created(1, width=77)
     other["project"]["created_at"] = "2020-01-01T00:00:00Z"
     mine, theirs = store.hear(_created(1)), store.hear(other)
@@ -412,7 +414,7 @@ def test_projects_of_the_same_id_are_kept_apart_by_their_creation(store: Store) 
 
 
 def _started(annotations: int) -> dict[str, Any]:
-    """START_TRAINING of a project that has so many annotations in Label Studio."""
+    """Makes a START_TRAINING of a project that has so many annotations in Label Studio."""
     body = copy.deepcopy(capture("POST_webhook_START_TRAINING"))
     body["project"]["total_annotations_number"] = annotations
     return body
@@ -492,7 +494,7 @@ def test_introduce_id_and_full_key_at_once_makes_one_row(store: Store) -> None:
     assert store.project().key == KEY
 
 
-def test_an_introduction_refreshes_address_and_token_and_keeps_the_rest(store: Store) -> None:
+def test_introduce_again_updates_address_and_token_and_keeps_the_rest(store: Store) -> None:
     store.hear(_created(1))
     config = store.project().label_config
     first = store.ingest.introduce(KEY, 1, label_config=config, url="http://a", token="t1")
@@ -511,7 +513,7 @@ def test_an_introduction_refreshes_address_and_token_and_keeps_the_rest(store: S
 
 
 def _configured(label: str, *, minute: int) -> dict[str, Any]:
-    """PROJECT_UPDATED as recorded, with another label config, in the state of a minute."""
+    """Makes a PROJECT_UPDATED as recorded, with another label config, in the state of a minute."""
     body = capture("POST_webhook_PROJECT_UPDATED")
     body["project"] |= {
         "title": f"with {label}",
@@ -521,7 +523,7 @@ def _configured(label: str, *, minute: int) -> dict[str, Any]:
     return body
 
 
-def test_a_late_event_does_not_set_the_label_config_back(store: Store) -> None:
+def test_apply_late_event_does_not_set_the_label_config_back(store: Store) -> None:
     # Without any other word, an annotation's event tells it.
     store.hear(_created(1))
     assert store.project().label_config == capture("POST_setup")["schema"]
@@ -541,7 +543,7 @@ def test_a_late_event_does_not_set_the_label_config_back(store: Store) -> None:
     assert (project.label_config, project.title) == ("<View>opened</View>", "with newest")
 
 
-def test_what_the_api_said_of_a_project_is_replaced_by_what_is_newer(store: Store) -> None:
+def test_end_reading_title_and_config_are_replaced_by_newer_ones(store: Store) -> None:
     store.hear(_created(1))
     asked_at = now()
     body = _configured("newer", minute=0)
@@ -556,7 +558,7 @@ def test_what_the_api_said_of_a_project_is_replaced_by_what_is_newer(store: Stor
     assert store.project().label_config == "<View>newer</View>"
 
 
-def test_an_event_that_fails_halfway_leaves_nothing(store: Store) -> None:
+def test_apply_failure_halfway_stores_nothing(store: Store) -> None:
     store.hear(_created(1))
     body = _created(2)
     body["annotation"]["result"] = [object()]
@@ -567,7 +569,7 @@ def test_an_event_that_fails_halfway_leaves_nothing(store: Store) -> None:
         assert session.scalars(select(Task.label_studio_id)).all() == [1]
 
 
-def test_what_a_database_cannot_hold_costs_no_event(store: Store) -> None:
+def test_apply_text_that_a_database_cannot_hold_loses_no_event(store: Store) -> None:
     body = _created(1, width=math.nan)
     body["annotation"]["result"][0]["meta"] = {"text": ["a\0b"], "far": [math.inf]}
     body["project"]["title"] = "cells\0"
@@ -580,7 +582,7 @@ def test_what_a_database_cannot_hold_costs_no_event(store: Store) -> None:
     assert store.project().title == "cells"
 
 
-def test_two_hundred_ingests_from_sixteen_threads_lose_nothing(store: Store) -> None:
+def test_apply_two_hundred_events_from_sixteen_threads_lose_nothing(store: Store) -> None:
     with ThreadPoolExecutor(16) as pool:
         applied = list(pool.map(lambda number: store.hear(_created(number)), range(1, 201)))
     assert [a.changed for a in applied] == [1] * 200
@@ -592,7 +594,7 @@ def test_two_hundred_ingests_from_sixteen_threads_lose_nothing(store: Store) -> 
         assert sorted(session.scalars(select(Annotation.revision))) == list(range(1, 201))
 
 
-def test_states_of_one_annotation_from_many_threads_end_with_the_latest(store: Store) -> None:
+def test_apply_states_of_one_annotation_from_many_threads_end_with_the_latest(store: Store) -> None:
     minutes = [(7 * i) % 40 for i in range(40)]
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda m: store.hear(_updated(1, minute=m, width=10 + m)), minutes))
@@ -600,7 +602,7 @@ def test_states_of_one_annotation_from_many_threads_end_with_the_latest(store: S
     assert store.annotated() == 1
 
 
-def test_migrating_from_several_threads_at_once_is_safe(database_url: str) -> None:
+def test_migrate_several_threads_at_once_is_safe(database_url: str) -> None:
     database = Database(database_url)
     with ThreadPoolExecutor(4) as pool:
         for done in [pool.submit(database.migrate) for _ in range(4)]:
@@ -610,7 +612,7 @@ def test_migrating_from_several_threads_at_once_is_safe(database_url: str) -> No
     database.close()
 
 
-def test_a_database_file_is_made_where_it_is_to_be_and_others_cannot_read_it(
+def test_migrate_new_file_cannot_be_read_by_others(
     tmp_path: Path,
 ) -> None:
     Database(f"sqlite:///{tmp_path / 'deep/er/test.db'}").migrate()
@@ -626,7 +628,7 @@ Database(sys.argv[1]).migrate()
 """
 
 
-def test_a_checkpoint_brings_what_was_stored_into_the_file(tmp_path: Path) -> None:
+def test_checkpoint_writes_stored_rows_into_the_file(tmp_path: Path) -> None:
     file = tmp_path / "test.db"
     store = Store(f"sqlite:///{file}")
     store.database.checkpoint()
@@ -645,7 +647,7 @@ def test_a_checkpoint_brings_what_was_stored_into_the_file(tmp_path: Path) -> No
     store.database.close()
 
 
-def test_migrating_says_nothing_from_several_processes_at_once(database_url: str) -> None:
+def test_migrate_several_processes_at_once_print_nothing(database_url: str) -> None:
     # The first makes the database, the others wait for it, or find it.
     processes = [
         subprocess.Popen(
@@ -673,7 +675,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_an_event_outlives_a_process_that_is_killed_right_after_it(
+def test_apply_process_killed_right_after_it_keeps_the_event(
     store: Store, database_url: str
 ) -> None:
     file = CAPTURES / "POST_webhook_ANNOTATION_CREATED.json"

@@ -91,6 +91,8 @@ def doctor(
 ) -> None:
     """Look at everything that must be right, and say what to do where it is not."""
     from ml_backend.doctor.doctor import Doctor
+    from ml_backend.wording import words
+    from ml_backend.wording.doctor import remedy
 
     backend = open_backend()
     settings = backend.settings
@@ -101,16 +103,23 @@ def doctor(
         findings.append(finding)
         if not as_json:
             out.print(
-                f"{marks[finding.status]} {finding.what}: {escape(finding.detail)}",
+                f"{marks[finding.status]} {finding.what}: {escape(words(finding.reason))}",
                 soft_wrap=True,
                 highlight=False,
             )
-            if finding.remedy:
-                out.print(f"  → {escape(finding.remedy)}", soft_wrap=True, highlight=False)
+            if to_do := remedy(finding.reason):
+                out.print(f"  → {escape(to_do)}", soft_wrap=True, highlight=False)
     if as_json:
         print_json(
             [
-                {"what": f.what, "status": f.status, "detail": f.detail, "remedy": f.remedy}
+                {
+                    "what": f.what,
+                    "status": f.status,
+                    "detail": words(f.reason),
+                    "remedy": remedy(f.reason),
+                    "code": f.reason.code,
+                    "values": dict(f.reason.values),
+                }
                 for f in findings
             ]
         )

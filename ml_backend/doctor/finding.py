@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ml_backend.projects.clients import Clients
+from ml_backend.reasons import Reason
 from ml_backend.settings import Settings
 from ml_backend.store.artefacts import ArtefactStore
 from ml_backend.store.database import Database
+
+Status = Literal["ok", "warning", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,14 +22,25 @@ class Finding:
     Attributes:
         what: the thing that was examined.
         status: `ok`, `warning` or `error`.
-        detail: what was found.
-        remedy: what to do, where something is to be done.
+        reason: what was found, as a code and values; `ml_backend.wording.doctor` has the words,
+            and those of the remedy.
     """
 
     what: str
-    status: Literal["ok", "warning", "error"]
-    detail: str
-    remedy: str = ""
+    status: Status
+    reason: Reason
+
+
+def found(what: str, status: Status, code: str, **values: Any) -> Finding:
+    """Makes a finding.
+
+    Args:
+        what: the thing that was examined.
+        status: `ok`, `warning` or `error`.
+        code: a code of `ml_backend.wording.doctor`, without `doctor.`.
+        values: JSON values that its words mention.
+    """
+    return Finding(what, status, Reason(f"doctor.{code}", values))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ml_backend.doctor.finding import Examined, Finding
+from ml_backend.doctor.finding import Examined, Finding, found
 from ml_backend.label_studio.client import LabelStudioError
 
 
@@ -20,35 +20,31 @@ def reached(backend: Examined) -> Iterable[Finding]:
             )
             if not value
         ]
-        yield Finding(
-            "Label Studio",
-            "error",
-            f"{' and '.join(missing)} not set",
-            "set them: the token stands in Label Studio under Account & Settings",
-        )
+        yield found("Label Studio", "error", "label_studio_not_set", settings=missing)
         return
     try:
         version = client.version()
     except LabelStudioError as error:
-        yield Finding("Label Studio", "error", str(error), "check LABEL_STUDIO_URL")
+        yield found("Label Studio", "error", "label_studio_fails", detail=str(error))
         return
-    yield Finding("Label Studio", "ok", f"{client.url} answers, version {version}")
+    yield found("Label Studio", "ok", "label_studio_answers", url=client.url, version=str(version))
     try:
         who = client.whoami()
     except LabelStudioError as error:
-        yield Finding("token", "error", str(error), "check LABEL_STUDIO_API_KEY")
+        yield found("token", "error", "token_refused", detail=str(error))
     else:
-        yield Finding("token", "ok", f"it is {who.get('email', 'valid')}'s")
+        yield found("token", "ok", "token_accepted", user=who.get("email", "valid"))
 
 
 def failing(backend: Examined) -> Iterable[Finding]:
     """Lists the requests of server and worker that fail, also to other Label Studios."""
     for contact in backend.label_studios.connectivity.all():
         if contact.failing_since is not None:
-            yield Finding(
+            yield found(
                 "requests",
                 "warning",
-                f"those to {contact.url} fail since {contact.failing_since:%Y-%m-%d %H:%M:%S} "
-                f"UTC: {contact.detail}",
-                "what waits for it goes on by itself once it does what is asked",
+                "requests_fail",
+                url=contact.url,
+                since=f"{contact.failing_since:%Y-%m-%d %H:%M:%S}",
+                detail=contact.detail,
             )

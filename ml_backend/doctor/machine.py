@@ -11,7 +11,7 @@ from sqlalchemy import select
 from ml_backend.detection.detector import CorruptDetector, Detector
 from ml_backend.detection.device import DeviceError, describe_device, resolve_device
 from ml_backend.detection.presets import preset_named
-from ml_backend.doctor.finding import Examined, Finding
+from ml_backend.doctor.finding import Examined, Finding, found
 from ml_backend.remedies import with_remedy
 from ml_backend.store.artefacts import StoreUnavailable, VersionMissing
 from ml_backend.store.tables import Project
@@ -24,18 +24,10 @@ _ENOUGH_DISK = 2 * 2**30
 def disk(backend: Examined) -> Iterable[Finding]:
     """Checks the free space of `MODEL_DIR`."""
     free = shutil.disk_usage(backend.settings.model_dir).free
-    where = f"{free / 2**30:.1f} GiB free in {backend.settings.model_dir}"
+    values = {"gib": free / 2**30, "folder": str(backend.settings.model_dir)}
     if free < _ENOUGH_DISK:
-        return [
-            Finding(
-                "disk",
-                "warning",
-                where,
-                "make room, or set MODEL_DIR to a larger disk, or a smaller "
-                "ML_BACKEND_IMAGE_CACHE_BYTES",
-            )
-        ]
-    return [Finding("disk", "ok", where)]
+        return [found("disk", "warning", "disk_low", **values)]
+    return [found("disk", "ok", "disk_free", **values)]
 
 
 def device(backend: Examined) -> Iterable[Finding]:
@@ -43,32 +35,25 @@ def device(backend: Examined) -> Iterable[Finding]:
     try:
         device = resolve_device(backend.settings.device)
     except DeviceError as error:
-        return [Finding("device", "error", with_remedy(error))]
+        return [found("device", "error", "device_unusable", detail=with_remedy(error))]
     described = ", ".join(str(value) for value in describe_device(device).values())
-    return [Finding("device", "ok", described)]
+    return [found("device", "ok", "device", device=described)]
 
 
 def weights(backend: Examined) -> Iterable[Finding]:
     """Checks whether the weights of the settings can be loaded."""
     if backend.settings.weights == "none":
-        return [Finding("weights", "ok", "none, as set: trainings start from nothing")]
+        return [found("weights", "ok", "weights_none_set")]
     try:
         device = resolve_device("cpu")
         preset = preset_named(backend.settings.preset, resolve_device(backend.settings.device))
         loaded = Detector.pretrained(preset, ("object",), backend.settings.weights, device).weights
     except (DeviceError, ValueError, OSError) as error:
-        return [Finding("weights", "error", with_remedy(error), "see ML_BACKEND_WEIGHTS")]
+        return [found("weights", "error", "weights_unusable", detail=with_remedy(error))]
+    values = {"preset": preset.name, "detail": loaded.detail}
     if loaded.kind == "none":
-        return [
-            Finding(
-                "weights",
-                "warning",
-                f"{preset.name}: {loaded.detail}",
-                "allow the download, or set ML_BACKEND_WEIGHTS to a file; without, trainings "
-                "start from nothing and need more annotations",
-            )
-        ]
-    return [Finding("weights", "ok", f"{preset.name}: {loaded.detail}")]
+        return [found("weights", "warning", "weights_missing", **values)]
+    return [found("weights", "ok", "weights", **values)]
 
 
 def live_versions(backend: Examined) -> Iterable[Finding]:
@@ -80,13 +65,13 @@ def live_versions(backend: Examined) -> Iterable[Finding]:
         try:
             load_artefact(backend.artefacts.existing(key, version), torch.device("cpu"))
         except (VersionMissing, StoreUnavailable, CorruptDetector) as error:
-            yield Finding(
+            yield found(
                 "live version",
                 "error",
-                f"project {key}: {version} cannot serve; an earlier one does, where there is "
-                f"one: {error}",
-                "restore the folder (it is tried again within a minute), or "
-                f"`ml-backend rollback -p {key}`",
+                "version_unloadable",
+                project=key,
+                version=version,
+                detail=str(error),
             )
         else:
-            yield Finding("live version", "ok", f"project {key}: {version} loads")
+            yield found("live version", "ok", "version_loads", project=key, version=version)

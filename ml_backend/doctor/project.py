@@ -9,7 +9,7 @@ from typing import Any
 from ml_backend.detection.decoding import UndecodableImage
 from ml_backend.detection.device import DeviceError, resolve_device
 from ml_backend.detection.presets import preset_named
-from ml_backend.doctor.finding import Examined, Finding
+from ml_backend.doctor.finding import Examined, Finding, found
 from ml_backend.label_studio.client import GUARD, Forbidden, LabelStudioClient, LabelStudioError
 from ml_backend.label_studio.controls.base import Control
 from ml_backend.label_studio.events import ProjectInfo
@@ -39,20 +39,20 @@ def project(backend: Examined, client: LabelStudioClient, number: int) -> Iterat
     try:
         info = client.project(number)
     except LabelStudioError as error:
-        yield Finding("project", "error", str(error), "check the number, and whose token it is")
+        yield found("project", "error", "project_unreadable", detail=str(error))
         return
-    yield Finding("project", "ok", f"{number} is {info.title!r}")
+    yield found("project", "ok", "project", project=number, title=info.title)
     try:
         config = parse_label_config(info.label_config)
     except LabelConfigError as error:
-        yield Finding("label config", "error", str(error), "change it in Label Studio")
+        yield found("label config", "error", "label_config_unusable", detail=str(error))
         return
-    yield Finding("label config", "ok", "labels: " + ", ".join(config.labels))
+    yield found("label config", "ok", "label_config", labels=list(config.labels))
     with backend.database.reading() as session:
         project = session.query(Project).filter_by(key=info.key).one_or_none()
     if project is None or project.live_version is None:
         yield from _known_labels(backend, config)
-    again = f"ml-backend connect --project {number}"
+    again: dict[str, Any] = {"project": number}
     ours = (
         own_connections(client, project, backend.settings, backend.database)
         if project is not None
@@ -62,9 +62,10 @@ def project(backend: Examined, client: LabelStudioClient, number: int) -> Iterat
     if url is None and ours:
         # Added by hand in Label Studio's page; `connect` repairs it where it is.
         url = ours[0]["url"].rstrip("/")
-        again += f" --url {url}"
+        again["by_hand"] = True
+    again["url"] = url
     if project is None or url is None:
-        yield Finding("connection", "error", "the project is not connected", again)
+        yield found("connection", "error", "not_connected", **again)
         return
     yield _connection(backend, client, info, project, ours, url, again)
     yield from _webhook(backend, client, info, project, url, again)
@@ -82,11 +83,16 @@ def _known_labels(backend: Examined, config: LabelConfig) -> Iterator[Finding]:
     if known is None or backend.settings.weights == "none":
         return
     match = match_labels(config, known)
-    words = match.in_words("COCO's weights")
+    values = {
+        "known": list(match.matched),
+        "unknown": list(match.unmatched),
+        "mistaken": list(match.mistaken),
+        "detail": match.in_words("COCO's weights"),
+    }
     if match.mistaken:
-        yield Finding("known labels", "warning", words, "change predicted_values in the config")
+        yield found("known labels", "warning", "known_labels_mistaken", **values)
     else:
-        yield Finding("known labels", "ok", words)
+        yield found("known labels", "ok", "known_labels", **values)
 
 
 def _connection(
@@ -96,38 +102,38 @@ def _connection(
     project: Project,
     ours: Sequence[dict[str, Any]],
     url: str,
-    again: str,
+    again: dict[str, Any],
 ) -> Finding:
     if not ours:
-        return Finding("connection", "error", f"{url} is not connected", again)
+        return found("connection", "error", "address_not_connected", **again)
     if project.connection_url is None and not has_credentials(ours[0], backend.settings):
-        return Finding(
-            "connection",
-            "error",
-            f"{url} was added by hand, and lacks the credentials (BASIC_AUTH_USER and _PASS)",
-            again,
-        )
+        return found("connection", "error", "connection_lacks_credentials", **again)
     version = project.version
     try:
         # Label Studio checks address, health and setup whenever a connection is written.
         fields = connection_fields(backend.settings, info.id, ours[0]["url"], ours[0]["title"])
         client.update_ml_backend(ours[0]["id"], **fields)
     except LabelStudioError as error:
-        return Finding(
+        # The text of a `Forbidden` names its remedy.
+        code = "refused" if isinstance(error, Forbidden) else "unreachable"
+        return found(
             "connection",
             "error",
-            f"Label Studio does not reach {ours[0]['url']}: {error}",
-            "" if isinstance(error, Forbidden) else "check the address given to `connect --url`",
+            f"connection_{code}",
+            address=ours[0]["url"],
+            detail=str(error),
         )
     if not (ours[0]["title"].startswith(version) and info.model_version == ours[0]["title"]):
-        return Finding(
+        return found(
             "connection",
             "warning",
-            f"its title is {ours[0]['title']!r}, the project's model version "
-            f"{info.model_version!r}, ours {version!r}: the next task is chosen at random",
-            again,
+            "connection_title",
+            title=ours[0]["title"],
+            model_version=info.model_version,
+            version=version,
+            **again,
         )
-    return Finding("connection", "ok", f"Label Studio reaches {ours[0]['url']}, titled {version}")
+    return found("connection", "ok", "connection", url=ours[0]["url"], version=version)
 
 
 def _webhook(
@@ -136,23 +142,18 @@ def _webhook(
     info: ProjectInfo,
     project: Project,
     url: str,
-    again: str,
+    again: dict[str, Any],
 ) -> Iterator[Finding]:
     address = f"{url}/webhook"
     ours = [w for w in client.webhooks(info.id) if w["url"] == address]
     if not ours:
-        yield Finding("webhook", "error", f"there is none to {address}", again)
+        yield found("webhook", "error", "webhook_missing", address=address, **again)
         return
     right = webhook_headers(backend.settings)
     if len(ours) > 1 or not ours[0]["is_active"] or ours[0].get("headers", {}) != right:
-        yield Finding(
-            "webhook",
-            "error",
-            "it is there more than once, off, or lacks the credentials or the secret",
-            again,
-        )
+        yield found("webhook", "error", "webhook_wrong", address=address, **again)
         return
-    yield Finding("webhook", "ok", f"Label Studio has one to {address}")
+    yield found("webhook", "ok", "webhook", address=address)
     # Writing the unchanged title makes Label Studio send PROJECT_UPDATED.
     asked_at = now()
     client.update_project(info.id, title=info.title)
@@ -161,16 +162,11 @@ def _webhook(
         with backend.database.reading() as session:
             heard = session.get_one(Project, project.id).heard_at
         if heard is not None and heard >= asked_at:
-            yield Finding("heard from", "ok", "a webhook arrived just now, on request")
+            yield found("heard from", "ok", "heard_from")
             return
         time.sleep(0.2)
-    last = project.heard_at.isoformat(timespec="seconds") if project.heard_at else "never"
-    yield Finding(
-        "heard from",
-        "error",
-        f"a webhook that was asked for did not arrive; last heard from: {last}",
-        GUARD,
-    )
+    last = project.heard_at.isoformat(timespec="seconds") if project.heard_at else None
+    yield found("heard from", "error", "not_heard_from", last=last, remedy=GUARD)
 
 
 def _image(
@@ -178,20 +174,30 @@ def _image(
 ) -> Finding:
     task = client.first_task(project.label_studio_id)
     if task is None:
-        return Finding("image", "warning", "the project has no task yet", "import images")
+        return found("image", "warning", "no_task")
     try:
         value = media_of(task["data"], control)
     except ImageUnavailable as error:
-        return Finding(
-            "image",
-            "error",
-            f"task {task['id']}: {error}",
-            'the label config\'s value="$..." must name a field of the tasks',
-        )
+        return found("image", "error", "no_image_in_task", task=task["id"], detail=str(error))
     images = backend.label_studios.images(project)
     route = images.route_of(value)
     try:
         image = read_image(images, task, control, max_pixels=backend.settings.image_max_pixels)
     except (ImageUnavailable, UndecodableImage) as error:
-        return Finding("image", "error", f"task {task['id']}, {route}: {with_remedy(error)}")
-    return Finding("image", "ok", f"task {task['id']}: {image.width} x {image.height}, {route}")
+        return found(
+            "image",
+            "error",
+            "image_unreadable",
+            task=task["id"],
+            route=route,
+            detail=with_remedy(error),
+        )
+    return found(
+        "image",
+        "ok",
+        "image",
+        task=task["id"],
+        width=image.width,
+        height=image.height,
+        route=route,
+    )

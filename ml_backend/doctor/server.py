@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import requests
 from sqlalchemy import select
 
-from ml_backend.doctor.finding import Examined, Finding
+from ml_backend.doctor.finding import Examined, Finding, found
 from ml_backend.store.tables import Project
 
 _TIMEOUT = 2
@@ -24,23 +24,15 @@ def server(backend: Examined) -> Iterable[Finding]:
     for url in _connection_urls(backend) or [own]:
         failure = _failure(url)
         if failure is None:
-            where = "" if url == own else ", the address of the connection,"
-            yield Finding("server", "ok", f"{url}{where} is up")
-        elif url != own and _failure(own) is None:
-            yield Finding(
-                "server",
-                "ok",
-                f"{own} is up; {url}, the address of the connection, does not answer from here "
-                f"({failure}), as may be where only Label Studio reaches it",
-            )
+            code = "server_up" if url == own else "server_up_at_connection"
+            yield found("server", "ok", code, url=url)
+        elif url == own:
+            yield found("server", "error", "server_down", url=url, failure=failure)
+        elif _failure(own) is None:
+            yield found("server", "ok", "server_up_here", own=own, url=url, failure=failure)
         else:
-            tried = url if url == own else f"{url}, the address of the connection,"
-            also = "" if url == own else f", nor does {own}"
-            yield Finding(
-                "server",
-                "error",
-                f"{tried} does not answer ({failure}){also}",
-                "start it: `ml-backend serve`",
+            yield found(
+                "server", "error", "server_down_everywhere", own=own, url=url, failure=failure
             )
 
 

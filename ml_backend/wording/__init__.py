@@ -12,6 +12,7 @@ from ml_backend.reasons import Reason
 from ml_backend.wording import (
     audits,
     connect,
+    doctor,
     jobs,
     label_value,
     predictions,
@@ -22,6 +23,7 @@ from ml_backend.wording import (
 WORDS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     **audits.WORDS,
     **connect.WORDS,
+    **doctor.WORDS,
     **jobs.WORDS,
     **label_value.WORDS,
     **predictions.WORDS,
