@@ -103,7 +103,7 @@ def _simulate(*arguments: str, **settings: str) -> subprocess.CompletedProcess[s
         env={**os.environ, **_environ(**settings)},
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1500,
     )
 
 
