@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,6 +53,27 @@ class _Hanging(_Module):
         return super().forward(images, targets)
 
 
+class _Stalling(_Module):
+    """Be built slowly, and end the first training step only.
+
+    The second step creates the file that `TEST_STALLED` names.
+    """
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__(outputs)
+        self.steps = 0
+        time.sleep(BUILT_WITHIN)
+
+    def forward(self, images: list[Tensor], targets: Any = None) -> Any:
+        self.steps += self.training
+        if self.training and self.steps > 1:
+            Path(os.environ["TEST_STALLED"]).touch()
+            time.sleep(3600)
+        return super().forward(images, targets)
+
+
+BUILT_WITHIN = 2.0
+"""Seconds that `STALLING` takes to be built."""
 PRESET = Preset(
     name="stand-in",
     architecture=TorchvisionDetector(_Module),
@@ -66,3 +89,4 @@ REFERENCE = f"{__name__}:PRESET"
 """The value of `ML_BACKEND_PRESET` for it."""
 LARGE = replace(PRESET, name="large", architecture=TorchvisionDetector(_Large))
 HANGING = replace(PRESET, name="hanging", architecture=TorchvisionDetector(_Hanging))
+STALLING = replace(PRESET, name="stalling", architecture=TorchvisionDetector(_Stalling))

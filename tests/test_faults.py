@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import base64
 import functools
-import os
 import random
 import resource
 import threading
 import time
 from collections.abc import Iterator
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,7 @@ import psutil
 import pytest
 import requests
 import torch
-from filelock import Timeout
-from sqlalchemy import select, update
+from sqlalchemy import select
 
 from ml_backend.backend import Backend
 from ml_backend.demo.label_studio_server import LabelStudioServer
@@ -27,15 +24,19 @@ from ml_backend.demo.project import LABEL_CONFIG, create_project, regions
 from ml_backend.demo.shapes import SHAPES, generate
 from ml_backend.detection.detector import Detector
 from ml_backend.detection.presets import preset_named
-from ml_backend.jobs.jobs import STALE_AFTER
+from ml_backend.jobs.jobs import ATTEMPTS
 from ml_backend.label_studio.client import LabelStudioClient
 from ml_backend.label_studio.events import AnnotationsChanged, parse_event
+from ml_backend.reasons import Code, Reason
 from ml_backend.settings import load_settings
-from ml_backend.store.tables import Annotation, Job, ModelVersion, Project, now
-from ml_backend.worker.supervisor import Program, supervise, training
-from ml_backend.worker.worker import turn
+from ml_backend.store.states import ACTIVE, JobKind, JobState
+from ml_backend.store.tables import Annotation, Job, ModelVersion, Project
+from ml_backend.wording import words
+from ml_backend.worker import supervisor
+from ml_backend.worker.supervisor import Limits, limits_of, supervise
 from tests import stand_in
 from tests.conftest import ROOT, RunningBackend, capture, make_live, predictions_held, wait_for
+from tests.job_process import claim, run_job
 from tests.steps import Steps
 
 ELSEWHERE = "987654.1795463889"
@@ -130,7 +131,7 @@ def running(
 
 @pytest.fixture(scope="module")
 def seen(running: RunningBackend) -> Backend:
-    """Open the running backend's database and registry in this process."""
+    """Open the running backend's database and artefacts in this process."""
     return Backend(load_settings(running.settings))
 
 
@@ -140,16 +141,16 @@ def _processes(backend: RunningBackend) -> dict[str, list[psutil.Process]]:
     serve = psutil.Process(backend.pid)
     for process in serve.children(recursive=True):
         try:
-            words = " ".join(process.cmdline())
+            line = " ".join(process.cmdline())
             under_gunicorn = "gunicorn" in " ".join(process.parent().cmdline())  # type: ignore[union-attr]
         except (psutil.NoSuchProcess, AttributeError):
             continue
         for name, part in (
-            ("training", "ml_backend.programs.train"),
-            ("auto-labelling", "ml_backend.programs.predict"),
+            ("training", "ml_backend.programs.job train "),
+            ("auto-labelling", "ml_backend.programs.job autolabel "),
             ("worker", "ml_backend.cli worker"),
         ):
-            if part in words:
+            if part in line:
                 found.setdefault(name, []).append(process)
         if under_gunicorn:
             found.setdefault("server", []).append(process)
@@ -183,28 +184,15 @@ def _assert_each_project_has_one_live_version_that_loads(seen: Backend) -> None:
                 )
             ).all()
             assert live == project.live_version
-            Detector.load(seen.registry.existing(project.key, live), torch.device("cpu"))
-
-
-def _let_abandoned_jobs_be_taken_over(seen: Backend, killed_at: datetime) -> None:
-    """Pretend that the time has passed after which a silent job counts as abandoned."""
-    with seen.database.session() as session:
-        session.execute(
-            update(Job)
-            .where(Job.state == "running", Job.heartbeat_at < killed_at)
-            .values(heartbeat_at=now() - 2 * STALE_AFTER)
-        )
+            Detector.load(seen.artefacts.existing(project.key, live), torch.device("cpu"))
 
 
 def _all_jobs_ended(seen: Backend) -> bool:
-    """Return whether every training and auto-labelling has ended; retries are due at once."""
-    with seen.database.session() as session:
-        session.execute(
-            update(Job).where(Job.state == "queued", Job.kind != "tidy").values(not_before=None)
-        )
+    """Return whether every training and auto-labelling has ended."""
+    with seen.database.reading() as session:
         projects = session.scalars(select(Project)).all()
         busy = session.scalars(
-            select(Job).where(Job.state.in_(("waiting", "queued", "running")), Job.kind != "tidy")
+            select(Job).where(Job.state.in_(ACTIVE), Job.kind != JobKind.REMOVE_STALE)
         ).all()
     return not busy and all(p.trained_revision >= p.revision for p in projects)
 
@@ -232,7 +220,6 @@ def test_running_backend_processes_killed_loses_doubles_and_blocks_nothing(
             # A random moment of the process's life: a training and auto-labelling both need three
             # seconds to begin.
             time.sleep(chance.uniform(0, 4 if name in ("training", "auto-labelling") else 1))
-            killed_at = now()
             for victim in victims:
                 if victim.is_running():
                     victim.kill()
@@ -246,18 +233,17 @@ def test_running_backend_processes_killed_loses_doubles_and_blocks_nothing(
                 within=60,
                 what="annotations are acknowledged again",
             )
-            if name in ("worker", "everything"):
-                _let_abandoned_jobs_be_taken_over(seen, killed_at)
             _assert_acknowledged_are_stored(seen, set(annotators.acknowledged))
             _assert_each_project_has_one_live_version_that_loads(seen)
             with seen.database.reading() as session:
-                reasons |= {job.reason.partition(";")[0] for job in session.scalars(select(Job))}
+                jobs = session.scalars(select(Job)).all()
+            reasons |= {words(job.reason).partition(";")[0] for job in jobs}
     assert len(annotators.acknowledged) > len(VICTIMS)
     assert "the training was killed (out of memory, most likely)" in reasons
 
     wait_for(
         functools.partial(_all_jobs_ended, seen),
-        within=120,
+        within=240,
         what=f"every job ends: {running.tail()}",
         every=1,
     )
@@ -315,115 +301,150 @@ def test_two_servers_one_folder_work_as_one(running: RunningBackend, seen: Backe
     second = RunningBackend(running.log.parent / "second", **running.settings)
     second.log.parent.mkdir()
     second.settings |= {"PORT": str(second.port), "MODEL_DIR": str(running.model_dir)}
-    folder = running.model_dir / "projects" / ELSEWHERE / ".building-now"
+    # A folder that a training of another project is writing.
+    folder = running.model_dir / "projects" / "1.1" / ".building-now"
     folder.mkdir(parents=True)
-    with wait_for(lambda: _training_lock(seen), within=60, what="no training runs"):
-        # The start of another server must not remove the folder that a training is writing.
-        second.start()
-        assert folder.is_dir()
+    second.start()
     try:
         for number, backend in enumerate((running, second), 600_001):
             assert backend.post("/webhook", _event(number)).ok
         with seen.database.reading() as session:
             stored = set(session.scalars(select(Annotation.label_studio_id)))
         assert {600_001, 600_002} <= stored
+        # Both have a worker, and one of the workers has the device and all jobs.
+        wait_for(lambda: _named(running, "training"), within=60, what="a training runs", every=0.02)
+        assert _named(second, "worker")
+        assert not _named(second, "training")
+        assert folder.is_dir()
     finally:
         second.stop()
-
-
-def _training_lock(seen: Backend) -> Any:
-    """Take the lock that only one training can have; return None while a training has it."""
-    lock = turn(seen.settings, "train")
-    try:
-        lock.acquire()
-    except Timeout:
-        return None
-    return lock
 
 
 # A training without a server
 
 
-def _queue_training(folder: Path, preset: str) -> tuple[Backend, int]:
-    """Store six annotations and queue a training; return the backend and the job's number."""
-    settings = {
-        "MODEL_DIR": str(folder),
-        "ML_BACKEND_PRESET": f"tests.stand_in:{preset}",
-        "ML_BACKEND_WEIGHTS": "none",
-        "ML_BACKEND_DEVICE": "cpu",
-        "ML_BACKEND_TRAIN_THREADS": "1",
-    }
-    backend = Backend(load_settings(settings))
-    make_live(backend, _detector(), "v0", key=ELSEWHERE, label_config=LABEL_CONFIG)
-    for number in range(1, 7):
-        event = parse_event(_event(number))
-        assert isinstance(event, AnnotationsChanged)
-        backend.ingest.apply(event, event.project)
-    with backend.database.reading() as session:
-        project = session.scalars(select(Project)).one()
-    number = backend.jobs.consider_training(project.id, forced=True).job
-    return backend, number
+class _Queued:
+    """Six stored annotations and a training of a stand-in that is in the queue.
+
+    Args:
+        folder: `MODEL_DIR`.
+        preset: name of the stand-in.
+        settings: more settings, by their environment names.
+
+    Attributes:
+        settings: environment variables for the processes that do the training.
+        backend: where everything is stored.
+        job: number of the training.
+    """
+
+    def __init__(self, folder: Path, preset: str, **settings: str) -> None:
+        self.settings = {
+            "MODEL_DIR": str(folder),
+            "ML_BACKEND_PRESET": f"tests.stand_in:{preset}",
+            "ML_BACKEND_WEIGHTS": "none",
+            "ML_BACKEND_DEVICE": "cpu",
+            "ML_BACKEND_TRAIN_THREADS": "1",
+            **settings,
+        }
+        self.backend = Backend(load_settings(self.settings))
+        make_live(self.backend, _detector(), "v0", key=ELSEWHERE, label_config=LABEL_CONFIG)
+        for number in range(1, 7):
+            event = parse_event(_event(number))
+            assert isinstance(event, AnnotationsChanged)
+            self.backend.ingest.apply(event, event.project)
+        with self.backend.database.reading() as session:
+            project = session.scalars(select(Project)).one()
+        self.job = self.backend.requests.training(project.id, forced=True).job
+
+    def row(self) -> Job:
+        """Return the training."""
+        job = self.backend.jobs.get(self.job)
+        assert job is not None
+        return job
+
+    def supervise(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Run the training's process to its end under the real supervisor, as a worker does."""
+        for name, value in {**self.settings, "PYTHONPATH": str(ROOT)}.items():
+            monkeypatch.setenv(name, value)
+        stopping = threading.Event()
+        run = self.backend.job_run(claim(self.backend, self.job), stopping)
+        supervise(run, self.backend.settings, stopping, prepared={})
 
 
-def _train_with_little_room(job: int) -> int:
-    from ml_backend.programs.train import main
+def _why(job: Job) -> Reason:
+    """Return why a job is tried again."""
+    assert job.reason.code == Code.TRIED_AGAIN, job.reason
+    return Reason.of(job.reason.values["why"])
 
+
+def _run_with_little_room(job: int) -> int:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 21, resource.RLIM_INFINITY))
-    return main(job, os.getppid())
+    return run_job(job)
 
 
 @pytest.mark.slow
 def test_training_disk_full_at_checkpoint_fails_with_a_reason(tmp_path: Path) -> None:
-    backend, number = _queue_training(tmp_path, "LARGE")
-    settings = {
-        **{k: v for k, v in os.environ.items() if k == "PATH"},
-        "MODEL_DIR": str(tmp_path),
-        "ML_BACKEND_PRESET": "tests.stand_in:LARGE",
-        "ML_BACKEND_WEIGHTS": "none",
-        "ML_BACKEND_DEVICE": "cpu",
-    }
-    steps = Steps(settings, _train_with_little_room)
-    for attempt in (1, 2, 3):
-        assert backend.jobs.claim(number) is not None
-        steps.count(number, status=3)
-        job = backend.jobs.get(number)
-        assert job is not None
-        assert "the training could not write or read a file: " in job.reason
-        assert "File too large" in job.reason
-        assert (job.state, job.attempt) == ("failed" if attempt == 3 else "queued", attempt)
-        with backend.database.session() as session:
-            session.execute(update(Job).values(not_before=None))
+    queued = _Queued(tmp_path, "LARGE")
+    steps = Steps(queued.settings, _run_with_little_room)
+    for attempt in range(1, ATTEMPTS + 1):
+        steps.count(queued.job)
+        job = queued.row()
+        assert "the training could not write or read a file: " in words(job.reason)
+        assert "File too large" in words(job.reason)
+        state = JobState.FAILED if attempt == ATTEMPTS else JobState.QUEUED
+        assert (job.state, job.attempt) == (state, attempt)
     folder = tmp_path / "projects" / ELSEWHERE
     assert [path.name for path in folder.iterdir()] == ["v0"]
-    with backend.database.reading() as session:
+    with queued.backend.database.reading() as session:
         assert session.scalars(select(Project.live_version)).one() == "v0"
+
+
+def _processes_of_jobs() -> list[psutil.Process]:
+    """Return the processes that do jobs, and their own children, below this one."""
+    return [
+        process
+        for child in psutil.Process().children()
+        if "ml_backend.programs.job" in child.cmdline()
+        for process in (child, *child.children(recursive=True))
+    ]
 
 
 @pytest.mark.slow
 def test_supervisor_training_hangs_ends_it_with_a_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backend, number = _queue_training(tmp_path, "HANGING")
-    assert backend.jobs.claim(number) is not None
-    for name, value in {
-        "MODEL_DIR": str(tmp_path),
-        "ML_BACKEND_PRESET": "tests.stand_in:HANGING",
-        "ML_BACKEND_WEIGHTS": "none",
-        "ML_BACKEND_DEVICE": "cpu",
-        "PYTHONPATH": str(ROOT),
-    }.items():
-        monkeypatch.setenv(name, value)
+    queued = _Queued(tmp_path, "HANGING", ML_BACKEND_TRAIN_BUDGET="1")
     # The limit of a real training is longer than this test can wait, but there is one.
-    real = training(backend.settings)
-    assert real.silence is not None
-    assert real.silence <= backend.settings.train_budget + 900
-    program = Program(real.module, real.what, silence=6)
-    ended = supervise(program, number, backend.jobs, backend.settings, threading.Event())
-    assert ended.status == "crashed"
-    assert ended.reason == "the training came no further for 0.1 minutes and was ended"
-    me = psutil.Process()
-    assert not [c for c in me.children() if real.module in c.cmdline()]
-    job = backend.jobs.get(number)
-    assert job is not None
-    assert job.state == "running"
-    assert backend.jobs.try_again(number, ended.reason, wait=0)
+    real = limits_of(JobKind.TRAIN, queued.backend.settings)
+    assert real.silence <= queued.backend.settings.train_budget + 900
+    monkeypatch.setattr(supervisor, "limits_of", lambda *_: Limits(silence=6))
+    queued.supervise(monkeypatch)
+    assert _processes_of_jobs() == []
+    job = queued.row()
+    assert (job.state, job.attempt) == (JobState.QUEUED, 1)
+    why = _why(job)
+    assert why.code == Code.NO_PROGRESS
+    assert words(why) == "the training came no further for 0.1 minutes and was ended"
+
+
+@pytest.mark.slow
+def test_supervisor_training_over_its_time_limit_ends_it_counting_from_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queued = _Queued(
+        tmp_path, "STALLING", ML_BACKEND_TRAIN_BUDGET="1", TEST_STALLED=str(tmp_path / "stalled")
+    )
+    real = limits_of(JobKind.TRAIN, queued.backend.settings)
+    assert real.training is not None
+    assert real.training >= real.silence
+    limit = stand_in.BUILT_WITHIN / 2
+    monkeypatch.setattr(supervisor, "limits_of", lambda *_: Limits(silence=600, training=limit))
+    # The supervisor looks at the limits at each heartbeat.
+    monkeypatch.setattr(supervisor, "_HEARTBEAT", limit / 4)
+    queued.supervise(monkeypatch)
+    assert _processes_of_jobs() == []
+    # Before the first step it took longer than the limit, and came to the second one.
+    assert (tmp_path / "stalled").exists()
+    job = queued.row()
+    assert (job.state, job.attempt) == (JobState.QUEUED, 1)
+    assert _why(job).code == Code.TIME_LIMIT

@@ -6,6 +6,9 @@ from __future__ import annotations
 import base64
 import copy
 import signal
+import sqlite3
+from contextlib import closing
+from pathlib import Path
 
 import psutil
 from sqlalchemy import select
@@ -16,7 +19,7 @@ from ml_backend.settings import load_settings
 from ml_backend.store.states import JobKind, JobState
 from ml_backend.store.tables import Job
 from ml_backend.wording import words
-from tests.conftest import MakeBackend, RunningBackend, capture, wait_for
+from tests.conftest import ROOT, MakeBackend, RunningBackend, capture, wait_for
 
 
 def _annotate(backend: RunningBackend, number: int, image: ShapeImage) -> None:
@@ -35,6 +38,11 @@ def _trainings(backend: RunningBackend) -> list[psutil.Process]:
     ]
 
 
+def _training(seen: Backend) -> Job:
+    with seen.database.reading() as session:
+        return session.scalars(select(Job).where(Job.kind == JobKind.TRAIN)).one()
+
+
 def test_worker_told_to_stop_puts_its_training_back_without_costing_an_attempt(
     make_backend: MakeBackend,
 ) -> None:
@@ -42,8 +50,7 @@ def test_worker_told_to_stop_puts_its_training_back_without_costing_an_attempt(
     seen = Backend(load_settings(backend.settings))
 
     def job() -> Job:
-        with seen.database.reading() as session:
-            return session.scalars(select(Job).where(Job.kind == JobKind.TRAIN)).one()
+        return _training(seen)
 
     for number, image in enumerate(generate(8, seed=31, width=128, height=96), 1):
         _annotate(backend, number, image)
@@ -61,3 +68,47 @@ def test_worker_told_to_stop_puts_its_training_back_without_costing_an_attempt(
         backend.start()
     wait_for(lambda: job().state == JobState.RUNNING, within=8, what="it is begun again at once")
     assert job().attempt == 1
+
+
+def test_worker_database_locked_for_longer_than_a_write_waits_ends_no_training(
+    make_backend: MakeBackend, tmp_path: Path
+) -> None:
+    hold = tmp_path / "hold"
+    backend = make_backend(
+        ML_BACKEND_PRESET="tests.quick:PRESET",
+        ML_BACKEND_TRAIN_MIN="100",
+        ML_BACKEND_AUTO_LABEL="false",
+        PYTHONPATH=str(ROOT),
+        TEST_HOLD=str(hold),
+    )
+    # The start builds the preset's detector as well.
+    hold.touch()
+    seen = Backend(load_settings(backend.settings))
+    for number, image in enumerate(generate(8, seed=32, width=96, height=72), 1):
+        _annotate(backend, number, image)
+    assert backend.post("/webhook", capture("POST_webhook_START_TRAINING")).ok
+    (process,) = wait_for(lambda: _trainings(backend), within=60, what="a training runs")
+    file = backend.model_dir / "ml-backend.db"
+    with closing(sqlite3.connect(file, isolation_level=None, timeout=30)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        hold.unlink()
+        # A write waits for 10 s before it gives up; the training goes on meanwhile, to its end.
+        wait_for(
+            lambda: not process.is_running(), within=120, what="the training's process has ended"
+        )
+        wait_for(
+            lambda: "stored later: database is locked" in backend.log.read_text(),
+            within=60,
+            what=f"a write of the worker gave up waiting: {backend.tail()}",
+        )
+        assert _training(seen).state == JobState.RUNNING
+        other.execute("ROLLBACK")
+    wait_for(
+        lambda: _training(seen).state != JobState.RUNNING,
+        within=60,
+        what=f"the training is stored: {backend.tail()}",
+    )
+    training = _training(seen)
+    assert (training.state, training.attempt) == (JobState.DONE, 1), words(training.reason)
+    assert training.version is not None
+    seen.database.close()

@@ -84,6 +84,8 @@ class Results:
         try:
             with self._database.session() as session:
                 project = session.get_one(Project, job.project_id, with_for_update=True)
+                # A rollback makes the row unreadable.
+                key = project.key
                 self._jobs.check(session, job)
                 verdict = self._versions.record(
                     session,
@@ -97,7 +99,6 @@ class Results:
                 self._jobs.finish(job, JobState.DONE, verdict.reason, version=name, session=session)
         except TakenOver:
             with self._database.reading() as session:
-                key = session.get_one(Project, job.project_id).key
                 stored = session.scalar(
                     select(ModelVersion.id).where(
                         ModelVersion.project_id == job.project_id, ModelVersion.name == name
@@ -111,7 +112,7 @@ class Results:
             self._versions.prune(job.project_id, self._settings.keep_versions)
         except (DatabaseError, OSError) as error:
             # The training is stored; the next one deletes what this one should have.
-            _log.warning("project %s: old versions are deleted later: %s", project.key, error)
+            _log.warning("project %s: old versions are deleted later: %s", key, error)
 
     def _start_shards(
         self, session: Session, job: Job, why: Reason, result: dict[str, Any]
