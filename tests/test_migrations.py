@@ -56,8 +56,8 @@ def migrated(database_url: str) -> Database:
             connection.execute(
                 text(
                     "INSERT INTO jobs (project_id, kind, state, reason, trigger, progress, "
-                    "attempt, payload, created_at) VALUES (1, :kind, :state, :reason, 'command', 0, 1, "
-                    ":payload, :at)"
+                    "attempt, payload, created_at) VALUES (1, :kind, :state, :reason, 'command', "
+                    "0, 1, :payload, :at)"
                 ),
                 {
                     "kind": kind,
