@@ -35,7 +35,7 @@ from ml_backend.reasons import Code, reason
 from ml_backend.settings import load_settings
 from ml_backend.store.database import Database
 from ml_backend.training.promotion import Verdict, Versions
-from tests.distributed import PostgreSQL, running_postgresql
+from tests.postgresql import PostgreSQL, running_postgresql
 
 ROOT = Path(__file__).parents[1]
 CAPTURES = Path(__file__).parent / "captures"

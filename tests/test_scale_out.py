@@ -22,8 +22,8 @@ from ml_backend.label_studio.client import LabelStudioClient
 from ml_backend.store.states import JobKind, JobState, Trigger
 from ml_backend.store.tables import Job, Project, now
 from tests.conftest import RunningBackend, capture, predictions_held, wait_for
-from tests.distributed import PostgreSQL
 from tests.hosts import SERVER, Hosts, Worker, all_jobs, job_processes
+from tests.postgresql import PostgreSQL
 from tests.s3_server import S3Server, running_s3
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]

@@ -55,8 +55,8 @@ from ml_backend.machine import usable_cores
 from ml_backend.store.states import JobKind, JobState, Trigger
 from ml_backend.wording import words
 from tests.conftest import LOGIN, label_studio_program, make_live, wait_for
-from tests.distributed import PostgreSQL, running_postgresql
 from tests.hosts import SERVER, Hosts, all_jobs
+from tests.postgresql import PostgreSQL, running_postgresql
 from tests.s3_server import S3Server, running_s3
 
 PRESET = replace(TINY, name="scale-out", min_size=160, max_size=240, steps=40, epochs=0)
