@@ -1,4 +1,4 @@
-"""An S3 server for tests: moto's, in a process of its own."""
+"""Run moto's S3 server for tests, in a process of its own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.conftest import wait_for
 
 
 class S3Server:
-    """A server that runs, with nothing in it.
+    """An S3 server that runs, without a bucket at first.
 
     Args:
         port: a free port.
@@ -30,7 +30,7 @@ class S3Server:
         wait_for(self._answers, within=60, what="the S3 server answers")
 
     def environ(self) -> dict[str, str]:
-        """The environment of a program that uses the server."""
+        """Return the environment variables of a program that uses the server."""
         return {
             "AWS_ENDPOINT_URL": self.url,
             "AWS_ACCESS_KEY_ID": "tests",
@@ -39,18 +39,18 @@ class S3Server:
         }
 
     def make_bucket(self, name: str) -> str:
-        """Makes an empty bucket; returns its URL."""
+        """Make an empty bucket; return its URL."""
         requests.put(f"{self.url}/{name}", timeout=10).raise_for_status()
         return f"s3://{name}"
 
     def check_credentials(self, check: bool) -> None:
-        """Turns the check of access keys on or off; no key is known to the server."""
+        """Turn the check of access keys on or off; the server knows no valid key."""
         requests.post(
             f"{self.url}/moto-api/reset-auth", data=b"0" if check else b"inf", timeout=10
         ).raise_for_status()
 
     def stop(self) -> None:
-        """Ends the server; its buckets are lost."""
+        """End the server; its buckets are lost."""
         self._process.kill()
         self._process.wait()
 
@@ -65,7 +65,7 @@ class S3Server:
 
 @contextmanager
 def running_s3() -> Iterator[S3Server]:
-    """Starts a server, and ends it."""
+    """Run a server while the context lasts."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

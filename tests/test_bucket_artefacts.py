@@ -30,12 +30,12 @@ KEY = "1.1795463889"
 CONFIG = """<View><Image name="image" value="$image"/><RectangleLabels name="box" toName="image">
 <Label value="car"/></RectangleLabels></View>"""
 FUTURE = -3600.0
-"""Taken as the age of abandoned uploads: everything is older."""
+"""An age of abandoned uploads, in seconds, that every upload has."""
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[S3Server]:
-    """One server for all tests here; each has a bucket of its own."""
+    """Run an S3 server for all tests of this file; each has a bucket of its own."""
     with running_s3() as server:
         yield server
 
@@ -44,7 +44,7 @@ def server() -> Iterator[S3Server]:
 def url(
     server: S3Server, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[str]:
-    """The URL of a store in an empty bucket, which the environment can reach."""
+    """Return the URL of a store in an empty bucket, which the environment can reach."""
     for name, value in server.environ().items():
         monkeypatch.setenv(name, value)
     name = request.node.name.partition("[")[0].replace("_", "-")[-60:].strip("-")
@@ -70,7 +70,7 @@ def _cached(store: ArtefactStore) -> list[str]:
 
 
 def _cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the server unreachable for this process."""
+    """Make the server unreachable for this process."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     s3fs.S3FileSystem.clear_instance_cache()
 
@@ -185,7 +185,7 @@ def publish(die_at):
     steps = 0
 
     def step():
-        # Before each request, flush and rename: what comes after one comes before the next.
+        # Called before each request, flush and rename, which is also after the one before.
         nonlocal steps
         steps += 1
         if steps == die_at:
@@ -242,7 +242,7 @@ def test_publish_killed_at_any_step_leaves_no_version_or_a_whole_one(
         whole.append(step)
         assert (folder / "model.safetensors").read_bytes() == bytes(100_000)
         assert json.loads((folder / "card.json").read_text()) == {"step": step}
-    # The upload of the manifest decides: before it nothing is seen, and afterwards everything.
+    # A version exists from the upload of its manifest on.
     assert 1 < len(whole) < last
     assert whole == list(range(whole[0], last + 1))
     other.sweep(KEY)
@@ -272,7 +272,7 @@ def test_remove_deletes_from_the_bucket_and_in_time_from_other_caches(
         other.existing(KEY, "v1")
 
 
-def test_remove_bucket_unreachable_is_made_up_for_by_the_next_sweep(
+def test_remove_bucket_unreachable_is_done_by_the_next_sweep(
     url: str, server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = BucketArtefactStore(url, tmp_path)

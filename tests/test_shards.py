@@ -28,7 +28,7 @@ ENDED = reason(Code.PLAIN, text="so it ended")
 
 @pytest.fixture
 def loop(database_url: str, tmp_path: Path) -> Iterator[Loop]:
-    """A loop without a quiet time."""
+    """Make a project and its jobs, without a quiet time."""
     loop = Loop(database_url, tmp_path)
     yield loop
     loop.close()
