@@ -143,7 +143,8 @@ def test_simulate_labelled_images_reports_rounds_costs_and_savings(
 def test_simulate_unknown_strategy_or_empty_folder_ends_with_its_name(tmp_path: Path) -> None:
     wrong = _simulate(str(tmp_path), "--strategies", "clever", ML_BACKEND_WEIGHTS="none")
     assert wrong.returncode == 2
-    assert "there is no strategy 'clever': diverse, uncertainty, random" in wrong.stderr
+    said = "there is no strategy 'clever': it must be one of diverse, uncertainty, random"
+    assert said in wrong.stderr
     missing = _simulate(str(tmp_path), ML_BACKEND_WEIGHTS="none")
     assert missing.returncode == 1
     assert str(tmp_path) in missing.stderr
