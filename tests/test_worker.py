@@ -96,6 +96,7 @@ def test_worker_database_locked_for_longer_than_a_write_waits_ends_no_training(
         _annotate(backend, number, image)
     assert backend.post("/webhook", capture("POST_webhook_START_TRAINING")).ok
     (process,) = wait_for(lambda: _trainings(backend), within=60, what="a training runs")
+    assert _training(seen).state == JobState.RUNNING
     file = backend.model_dir / "ml-backend.db"
     with closing(sqlite3.connect(file, isolation_level=None, timeout=30)) as other:
         other.execute("BEGIN EXCLUSIVE")
