@@ -56,7 +56,8 @@ class _Hanging(_Module):
 class _Stalling(_Module):
     """Be built slowly, and end the first training step only.
 
-    The second step creates the file that `TEST_STALLED` names.
+    The first step takes longer than the time between two reports of progress, so that it is
+    reported. The second step creates the file that `TEST_STALLED` names.
     """
 
     def __init__(self, outputs: int) -> None:
@@ -66,6 +67,8 @@ class _Stalling(_Module):
 
     def forward(self, images: list[Tensor], targets: Any = None) -> Any:
         self.steps += self.training
+        if self.training and self.steps == 1:
+            time.sleep(1.5)
         if self.training and self.steps > 1:
             Path(os.environ["TEST_STALLED"]).touch()
             time.sleep(3600)

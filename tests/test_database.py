@@ -1,4 +1,5 @@
-"""A database that is taken away, locked or damaged under a running server: said, nothing lost."""
+"""Take a database away, lock or damage it under a running server, which must answer with the reason
+and acknowledge nothing that it does not store."""
 
 from __future__ import annotations
 
@@ -58,14 +59,14 @@ def _move(file: Path, to: str) -> None:
             path.rename(f"{file.with_name(to)}{part}")
 
 
-def test_into_a_file_that_was_removed_nothing_is_acknowledged(
+def test_webhook_database_file_removed_answers_503_until_it_is_back(
     client: FlaskClient, file: Path
 ) -> None:
     _hear(client, 200)
     _move(file, "elsewhere.db")
     for _ in range(3):
         _hear(client, 503, "cannot be used")
-    # What the server made in its place holds nothing; put back, it serves again.
+    # The file that the server made instead is empty; with the old one back, it serves again.
     _move(file, "empty.db")
     _move(file.with_name("elsewhere.db"), file.name)
     assert client.post("/webhook", json=HOOK).status_code in (200, 503)
@@ -73,7 +74,7 @@ def test_into_a_file_that_was_removed_nothing_is_acknowledged(
     assert _annotations(file) == 1
 
 
-def test_into_a_file_that_was_replaced_what_is_acknowledged_is_written(
+def test_webhook_database_file_replaced_answers_503_once_and_writes_into_the_new_file(
     client: FlaskClient, file: Path, tmp_path: Path
 ) -> None:
     with closing(sqlite3.connect(file)) as old, closing(sqlite3.connect(tmp_path / "copy")) as copy:
@@ -86,13 +87,13 @@ def test_into_a_file_that_was_replaced_what_is_acknowledged_is_written(
     assert _annotations(file) == 1
 
 
-def test_a_database_that_another_keeps_locked_is_waited_for_and_then_said(
+def test_webhook_database_locked_by_another_answers_503_after_a_wait(
     client: FlaskClient, file: Path
 ) -> None:
     with closing(sqlite3.connect(file, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         _hear(client, 503, "locked")
-        # Nobody waits for whoever waits within this server, either.
+        # A thread does not wait for ever for another thread of this server, either.
         lock = client.application.extensions["ml_backend"].database._lock
         with lock:
             _hear(client, 503, "locked")
@@ -100,7 +101,7 @@ def test_a_database_that_another_keeps_locked_is_waited_for_and_then_said(
     _hear(client, 200)
 
 
-def test_a_damaged_file_is_said_without_a_traceback(
+def test_requests_database_file_damaged_answer_503_without_a_traceback(
     client: FlaskClient, file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     _hear(client, 200)

@@ -431,9 +431,7 @@ def test_supervisor_training_hangs_ends_it_with_a_reason(
 def test_supervisor_training_over_its_time_limit_ends_it_counting_from_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    queued = _Queued(
-        tmp_path, "STALLING", ML_BACKEND_TRAIN_BUDGET="1", TEST_STALLED=str(tmp_path / "stalled")
-    )
+    queued = _Queued(tmp_path, "STALLING", TEST_STALLED=str(tmp_path / "stalled"))
     real = limits_of(JobKind.TRAIN, queued.backend.settings)
     assert real.training is not None
     assert real.training >= real.silence

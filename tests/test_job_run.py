@@ -1,4 +1,4 @@
-"""One run of a job: what its process reports is stored, also where the database is locked."""
+"""One run of a job: the reports of its process are stored, also where the database is locked."""
 
 from __future__ import annotations
 

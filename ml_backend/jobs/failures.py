@@ -1,4 +1,4 @@
-"""What a failing Label Studio means for a job: one rule for all kinds."""
+"""Decides how a run ends whose Label Studio fails: one rule for all kinds of jobs."""
 
 from __future__ import annotations
 
@@ -28,6 +28,6 @@ def ended_by(error: Exception, wait: Callable[[], float]) -> JobEnded | None:
     if isinstance(error, Forbidden | NotFound):
         return Refused(why)
     if isinstance(error, Passing):
-        # Nothing of it is the job's fault.
+        # The job is not to blame.
         return RetryLater(why, wait())
     return RetryLater(why, _REJECTED, counts=True)

@@ -146,13 +146,13 @@ class Jobs:
         checkpoint: dict[str, Any],
         version: str | None = None,
     ) -> None:
-        """Notes how far a claimed job is, with a checkpoint; its attempts count anew from here.
+        """Notes how far a claimed job is, with a checkpoint; resets its count of attempts.
 
         Args:
             job: the job, as it was claimed.
             fraction: of it that is done, in `[0, 1]`.
             why: the same as a reason.
-            checkpoint: what the next run goes on from.
+            checkpoint: the state from which the next run continues.
             version: the model version that works on it.
 
         Raises:
@@ -175,7 +175,7 @@ class Jobs:
         Args:
             job: the job, as it was claimed.
             state: `DONE`, `FAILED` or `REFUSED`.
-            why: what came of it.
+            why: the result, or why there is none.
             version: the model version that was made or that predicted.
             session: the transaction to end it in, along with what else is written.
 

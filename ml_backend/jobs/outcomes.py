@@ -1,4 +1,4 @@
-"""How a run of a job ends: done, or with one of these exceptions."""
+"""Defines how a run of a job ends: with `Done`, or with an exception of this file."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Done:
     """The work is done.
 
     Attributes:
-        reason: what came of it.
+        reason: the result.
         version: the model version that was made or that predicted.
-        result: what the worker stores along with the end of the job; what it holds depends on the
-            kind of the job.
+        result: values that the worker stores along with the end of the job; their names depend on
+            the kind of the job.
     """
 
     reason: Reason
@@ -37,7 +37,7 @@ class JobEnded(Exception):
 
 
 class Refused(JobEnded):
-    """The job cannot be done as things are; the reason says what to change."""
+    """Somebody must change something before the job can be done; the reason says what to change."""
 
 
 class Failed(JobEnded):

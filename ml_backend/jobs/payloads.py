@@ -1,7 +1,7 @@
 """Payloads and checkpoints of jobs: one type for each kind.
 
-A payload says what was asked for and is written once. A checkpoint says how far the job is; it is
-small, and written often.
+A payload is the request, and is written once. A checkpoint is the state from which the next run
+continues; it is small, and written often.
 """
 
 from __future__ import annotations

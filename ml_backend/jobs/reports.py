@@ -1,7 +1,7 @@
 """Reports of a process that does a job: lines of JSON over a pipe, which the worker stores.
 
-The process itself only reads the database. So a locked database delays a report, and never ends
-the work; and whatever is stored is stored under the claim of the worker's run.
+The process itself only reads the database, so that a locked database delays a report and never
+ends the work. The worker stores each report under the claim of its run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Progress(BaseModel):
 
 
 class Checkpoint(BaseModel):
-    """How far the job is, with what the next run goes on from."""
+    """How far the job is, with the state from which the next run continues."""
 
     type: Literal["checkpoint"] = "checkpoint"
     fraction: float
@@ -135,7 +135,7 @@ class Reporter:
         checkpoint: dict[str, Any],
         version: str | None = None,
     ) -> None:
-        """Reports how far the job is, with what the next run goes on from."""
+        """Reports how far the job is, with the state from which the next run continues."""
         self._send(
             Checkpoint(
                 fraction=fraction, reason=why.as_dict(), checkpoint=checkpoint, version=version

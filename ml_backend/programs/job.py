@@ -25,7 +25,8 @@ from ml_backend.worker.processes import lower_priority
 _log = logging.getLogger(__name__)
 
 _NO_ROOM = 60.0
-"""Seconds, for each attempt, that an admin has to make room on a full disk."""
+"""Seconds, for each attempt, until a job whose file could not be written is tried again: time to
+make room on a full disk."""
 
 
 def main(
@@ -39,7 +40,7 @@ def main(
         claim: of the run that it is done for.
         parent: process id of the worker.
         pipe: descriptor that reports are written to.
-        prepared: what the worker found out before (`ml_backend.worker.preparation`).
+        prepared: values that the worker's preparation answered (`ml_backend.worker.preparation`).
     """
     lower_priority(parent)
     settings = load_settings()

@@ -1,4 +1,4 @@
-"""Devices of this host: each worker owns one, so that a host trains on all of them at once."""
+"""Finds the devices of this host. Each worker owns one, so that a host trains on all at once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LIST = (
 def devices_of_host(setting: str) -> list[str]:
     """The devices that a setting allows, as `cpu` or `cuda:N`.
 
-    PyTorch is asked in a process of its own: a worker without it takes a fifth of the memory.
+    A process of its own asks PyTorch: a worker that does not import it takes a fifth of the memory.
 
     Args:
         setting: `ML_BACKEND_DEVICE`.

@@ -1,5 +1,7 @@
-"""Looks every second at what must be done without anyone asking: when a training is due, whether
-tasks lack predictions, whether Label Studio shows the live version, and what people made of boxes.
+"""Looks every second for work that nobody asks for.
+
+Such work is: a training that is due, tasks without predictions, a connection's title that does not
+show the live version, changed annotations whose audit is due, and jobs whose worker died.
 """
 
 from __future__ import annotations
@@ -35,16 +37,17 @@ _TITLE_AGAIN = 30.0
 _AUDIT_EVERY = 5.0
 """Seconds between two audits of a project: people annotate faster than anyone looks at them."""
 _IMPORTED = timedelta(seconds=2)
-"""An import comes in several events: its annotations are read back so long after the last."""
+"""Time after the last event of an import until its annotations are read back: an import comes in
+several events."""
 _READ_AGAIN = 30.0
-"""Seconds until annotations that could not be read back, or are still missing, are read again."""
+"""Seconds until another attempt to read back annotations that are still missing."""
 _PRUNE_EVERY = 3600.0
 _THREADS = 4
 
 
 @dataclass(slots=True)
 class _Seen:
-    """What the last looks at a project found; moments are of `time.monotonic`.
+    """The findings of the last looks at a project; times are of `time.monotonic`.
 
     Attributes:
         revision: for which a training was considered; -1 where that must be done again.
@@ -68,7 +71,7 @@ class _Seen:
 
 
 class Housekeeping:
-    """Keeps every project going, on a thread of its own.
+    """Starts such work for every project, on a thread of its own.
 
     Args:
         settings: whether tasks are predicted without being asked for.
@@ -78,7 +81,7 @@ class Housekeeping:
         ingest: stores what is read back.
         label_studios: clients by project.
         title: keeps the title of the connection.
-        audits: counts what people made of predictions.
+        audits: counts how people changed predictions.
         running: jobs that this process runs.
         forget: ends entries of the queue that nobody works on any more.
         prune: deletes old entries of the queue.
@@ -125,7 +128,7 @@ class Housekeeping:
         self._pool.shutdown(cancel_futures=True)
 
     def ended(self, project_id: int) -> None:
-        """Looks again at a project of which a job has ended: more may have changed meanwhile."""
+        """Looks again at a project after one of its jobs: more may have changed meanwhile."""
         seen = self._seen.get(project_id)
         if seen is not None:
             seen.revision, seen.tasks = -1, None

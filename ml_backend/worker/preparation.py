@@ -1,4 +1,4 @@
-"""Does what a job needs to have stored before its process starts, which only reads the database."""
+"""Prepares a job before its process starts: the process only reads the database."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Preparation:
         jobs: hears how far a job is.
         ingest: stores what is read back.
         label_studios: clients by project.
-        audits: counts what people made of predictions.
+        audits: counts how people changed predictions.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Preparation:
         self._audits = audits
 
     def prepare(self, job: Job) -> dict[str, object]:
-        """Prepares a claimed job; answers what its process must know.
+        """Prepares a claimed job; answers the values that its process must know, as JSON.
 
         Raises:
             RetryLater: something else must be done first.
@@ -63,7 +63,7 @@ class Preparation:
         return {}
 
     def _read_back(self, job: Job, project: Project) -> dict[str, object]:
-        """Brings the store up to date; says why that could not be, where it may be later."""
+        """Reads back the project's annotations; answers why Label Studio fails, if it does."""
         client = self._label_studios.client(project)
         if client is None:
             _log.warning("project %s: no token, nothing is read back", project.key)
@@ -72,14 +72,14 @@ class Preparation:
         try:
             reconcile(project, client, self._database, self._ingest)
         except LabelStudioError as error:
-            # What webhooks told is enough to learn from; the next training reads back again.
+            # The annotations that came by webhooks are enough; the next training reads back again.
             _log.warning("project %s is trained on what webhooks told: %s", project.key, error)
             if isinstance(error, Passing):
                 return {"label_studio_fails": str(error)}
         return {}
 
     def _settle(self, job: Job, project: Project) -> None:
-        """Counts what people made of predictions before these are removed."""
+        """Audits annotations before the predictions that they began with are removed."""
         if self._label_studios.client(project) is None:
             return
         while (wait := self._audits.update(project.id)) is not None:

@@ -1,4 +1,4 @@
-"""Stores what a job that is done leaves behind, in the transaction that ends the job."""
+"""Stores the result of a finished job, in the transaction that ends the job."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Runs a job in a process of its own, and watches over it.
+"""Runs a job in a process of its own, and supervises the process.
 
-Predictions are protected by that: the process runs at the lowest priority (nice 19) and uses half
-of the cores by default, because two PyTorch processes that each take every core slow each other
-five-fold. The process dies with its worker, and is ended when it makes no progress. However it
-ends, the job is tried again or says why it failed.
+The process runs at the lowest priority (nice 19) and uses half of the cores by default, so that
+predictions stay fast: two PyTorch processes that each take every core slow each other five-fold.
+The kernel kills the process with its worker. The worker kills it when it makes no progress. If the
+process ends without a result, the job is tried again, or fails with a reason.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _log = logging.getLogger(__name__)
 PROGRAM = "ml_backend.programs.job"
 _HEARTBEAT = 5.0
 _LOOK = 0.25
-"""Seconds between two looks whether the worker stops: it has little time for that."""
+"""Seconds between two checks whether the worker stops: a stopping worker has little time."""
 _SILENCE = 900.0
-"""Seconds that a job may go on without progress: an import into a project of 100,000 tasks may take
+"""Seconds that a job may take without progress: an import into a project of 100,000 tasks may take
 Label Studio minutes, and measuring thousands of images is one step."""
 _AGAIN = 5.0
 """Seconds, for each attempt, until a job whose process crashed is tried again."""
@@ -81,7 +81,7 @@ def supervise(
         settings: threads, and the budget of a training.
         stopping: set when the worker stops; the process is then ended and the job put back.
         device: the device that the worker owns, as a setting names it.
-        prepared: what the worker found out before the process started.
+        prepared: the values that the preparation of the job answered.
     """
     process, pipe = _start(run, settings, device, prepared)
     watch = _Watch(limits_of(run.job.kind, settings))
@@ -117,7 +117,7 @@ def supervise(
 
 
 class _Watch:
-    """Knows when the process of a job takes too long."""
+    """Decides when the process of a job takes too long."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits

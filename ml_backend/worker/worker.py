@@ -45,10 +45,12 @@ class Worker:
         settings: name of the host, threads, budgets.
         jobs: claims jobs.
         label_studios: tells when a failing Label Studio is worth asking again.
-        preparation: does what a job needs before its process starts.
-        engine: makes the engine of the queue, of the worker's name and what it does with a job.
-        housekeeping: makes the housekeeping, of the jobs that run here and the engine.
-        job_run: makes the store of a claimed job's reports.
+        preparation: prepares a job before its process starts.
+        engine: makes the engine of the queue from the worker's name and the function that runs a
+            job.
+        housekeeping: makes the housekeeping from a function that lists the jobs that run here, and
+            the engine.
+        job_run: makes the object that stores the reports of a claimed job.
     """
 
     def __init__(
@@ -102,7 +104,7 @@ class Worker:
         )
         housekeeper.start()
         self._stopping.wait()
-        # Their threads end their processes and put the jobs back.
+        # The threads of the running jobs end their processes and put the jobs back.
         until = time.monotonic() + _LAST
         while self._running and time.monotonic() < until:
             time.sleep(0.05)
@@ -138,7 +140,7 @@ class Worker:
                 self._housekeeping.ended(job.project_id)
 
     def _claim(self, job_id: int, run: int) -> Job | None:
-        """Claims a job; waits for a database that is away, since the entry is used up by then."""
+        """Claims a job; waits while the database is away: the queue starts an entry once."""
         while True:
             try:
                 return self._jobs.claim(job_id, run, self._settings.this_host)
