@@ -131,10 +131,11 @@ def test_trainings_workers_killed_are_done_by_others_and_their_versions_serve(
     hosts: Callable[..., Hosts], tmp_path: Path
 ) -> None:
     running = hosts()
-    _hold(tmp_path).touch()
     on_a = [running.start_worker("a"), running.start_worker("a")]
     on_b = running.start_worker("b")
     running.start()
+    running.wait_for_workers(2, standing_by=1)
+    _hold(tmp_path).touch()
     seen = running.backend_of(SERVER)
     images = generate(6, seed=31, width=96, height=72)
     for project in (1, 2, 3):
@@ -222,6 +223,7 @@ def test_auto_labelling_shards_are_shared_by_hosts_and_survive_a_killed_worker(
         lambda: ended(asked.job), within=LONG, what=f"the training is done: {running.tail()}"
     )
     assert (trained.state, trained.host in {"a", "b"}) == (JobState.DONE, True), trained.reason
+    running.wait_for_workers(2, standing_by=1)
     _hold(tmp_path).touch()
     seen.versions.promote(project, trained.version)
     labelling = seen.requests.autolabel(project, trigger=Trigger.COMMAND, forced=True)
