@@ -17,7 +17,7 @@ from ml_backend.backend import Backend
 from ml_backend.demo.label_studio_server import wait_until_healthy
 from ml_backend.settings import load_settings
 from ml_backend.store.tables import Job
-from tests.conftest import ROOT, RunningBackend
+from tests.conftest import ROOT, RunningBackend, wait_for
 
 SERVER = "server"
 """The host of the server."""
@@ -51,6 +51,21 @@ class Hosts(RunningBackend):
         """Start one more worker on a host."""
         self._workers.append(self._run(host, "ml_backend.cli", "worker"))
         return self._workers[-1]
+
+    def wait_for_workers(self, working: int, standing_by: int = 0) -> None:
+        """Wait until so many workers take jobs, and so many stand by.
+
+        A worker checks its preset before, which builds a detector.
+        """
+        counts = {"takes jobs": working, "standing by": standing_by}
+        wait_for(
+            lambda: all(
+                self.log.read_text(errors="replace").count(said) == count
+                for said, count in counts.items()
+            ),
+            within=300,
+            what=f"the workers are ready: {counts}",
+        )
 
     def stop(self) -> None:
         """Send SIGTERM to all processes, and wait for their end."""

@@ -131,10 +131,11 @@ def test_trainings_workers_killed_are_done_by_others_and_their_versions_serve(
     hosts: Callable[..., Hosts], tmp_path: Path
 ) -> None:
     running = hosts()
-    _hold(tmp_path).touch()
     on_a = [running.start_worker("a"), running.start_worker("a")]
     on_b = running.start_worker("b")
     running.start()
+    running.wait_for_workers(2, standing_by=1)
+    _hold(tmp_path).touch()
     seen = running.backend_of(SERVER)
     images = generate(6, seed=31, width=96, height=72)
     for project in (1, 2, 3):
@@ -157,15 +158,17 @@ def test_trainings_workers_killed_are_done_by_others_and_their_versions_serve(
     busy, idle = _busy(on_a)
     _kill(busy)
     _kill(on_b)
-    # The other worker of host a takes over the device, and with it the training.
-    wait_for(lambda: job_processes(idle), within=LONG, what="the training of host a starts again")
-    # It takes the training of host b as well, as soon as its worker counts as lost.
+    # The other worker of host a takes over the device, and begins a training of the queue, where
+    # that of the killed worker is again.
+    wait_for(lambda: job_processes(idle), within=LONG, what="host a goes on with trainings")
+    # It queues the training of host b as well, as soon as the worker there counts as lost.
     _silence(seen, taken["b"])
-    wait_for(
-        lambda: [job.id for job in all_jobs(seen) if job.state == JobState.RUNNING] == [taken["a"]],
-        within=LONG,
-        what="the training of host b is queued again",
-    )
+
+    def is_queued_again() -> bool:
+        job = seen.jobs.get(taken["b"])
+        return job is not None and job.state == JobState.QUEUED
+
+    wait_for(is_queued_again, within=LONG, what="the training of host b is queued again")
     _hold(tmp_path).unlink()
     wait_for(
         lambda: {job.state for job in all_jobs(seen)} == {JobState.DONE},
@@ -222,6 +225,7 @@ def test_auto_labelling_shards_are_shared_by_hosts_and_survive_a_killed_worker(
         lambda: ended(asked.job), within=LONG, what=f"the training is done: {running.tail()}"
     )
     assert (trained.state, trained.host in {"a", "b"}) == (JobState.DONE, True), trained.reason
+    running.wait_for_workers(2, standing_by=1)
     _hold(tmp_path).touch()
     seen.versions.promote(project, trained.version)
     labelling = seen.requests.autolabel(project, trigger=Trigger.COMMAND, forced=True)
@@ -238,7 +242,8 @@ def test_auto_labelling_shards_are_shared_by_hosts_and_survive_a_killed_worker(
     assert set(taken) == {"a", "b"}
     busy, idle = _busy(on_b)
     _kill(busy)
-    wait_for(lambda: job_processes(idle), within=LONG, what="the shard of host b starts again")
+    # The killed worker's shard is in the queue again, for any of the others.
+    wait_for(lambda: job_processes(idle), within=LONG, what="host b goes on with shards")
     _hold(tmp_path).unlink()
     done = wait_for(
         lambda: ended(labelling.job), within=LONG, what=f"all are predicted: {running.tail()}"
@@ -248,7 +253,6 @@ def test_auto_labelling_shards_are_shared_by_hosts_and_survive_a_killed_worker(
     shards = [job for job in all_jobs(seen) if job.kind == JobKind.AUTOLABEL_SHARD]
     assert [job.state for job in shards] == [JobState.DONE] * 4
     assert {job.host for job in shards} == {"a", "b"}
-    assert {job.id: job.host for job in shards}[taken["b"]] == "b"
     # One host trained the version, and both predicted with it.
     for host in ("a", "b"):
         assert running.backend_of(host).artefacts.folder(key, trained.version).is_dir()

@@ -189,11 +189,7 @@ def _hosts(services: Services, workers: int, bucket: str, **settings: str) -> It
             seen.database.close()
             for number in range(1, workers + 1):
                 hosts.start_worker(f"host-{number}")
-            wait_for(
-                lambda: hosts.log.read_text(errors="replace").count("takes jobs") == workers,
-                within=120,
-                what=f"{workers} workers take jobs",
-            )
+            hosts.wait_for_workers(workers)
             yield hosts
         finally:
             hosts.stop()
