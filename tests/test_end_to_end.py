@@ -241,6 +241,7 @@ def connected(
         "ML_BACKEND_PRESET": "tests.quick:LEARNING",
         "ML_BACKEND_TRAIN_MIN": str(ANNOTATED),
         "ML_BACKEND_TRAIN_EVERY": "20",
+        "ML_BACKEND_TRAIN_GROWTH": "0",
         "ML_BACKEND_TRAIN_DELAY": "2",
         "ML_BACKEND_TRAIN_THREADS": "1",
     }
