@@ -1,4 +1,4 @@
-"""Test where the doctor looks for the server."""
+"""Test where the doctor looks for the server, and whether versions can be stored."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from ml_backend.backend import Backend
 from ml_backend.demo.label_studio_server import free_port
 from ml_backend.doctor.finding import Examined, Finding
+from ml_backend.doctor.machine import artefacts
 from ml_backend.doctor.server import server
 from ml_backend.reasons import Reason
 from ml_backend.settings import load_settings
@@ -101,3 +102,21 @@ def test_doctor_server_without_a_connection_is_looked_for_at_host_and_port(
 
 def test_remedies_belong_to_codes_that_have_words() -> None:
     assert set(REMEDIES) <= set(WORDS)
+
+
+def test_doctor_artefacts_in_a_folder_that_cannot_be_written_names_the_setting(
+    tmp_path: Path,
+) -> None:
+    taken = tmp_path / "taken"
+    taken.touch()
+    found = {}
+    for name, url in (("usable", tmp_path / "versions"), ("taken", taken / "versions")):
+        settings = {"MODEL_DIR": str(tmp_path / "state"), "ML_BACKEND_ARTEFACTS_URL": str(url)}
+        backend = Backend(load_settings(settings))
+        examined = Examined(
+            backend.settings, backend.database, backend.artefacts, backend.label_studios, None
+        )
+        (found[name],) = artefacts(examined)
+    assert found["usable"].status == "ok"
+    assert found["taken"].status == "error"
+    assert words(found["taken"].reason).startswith("ML_BACKEND_ARTEFACTS_URL: ")

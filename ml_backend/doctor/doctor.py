@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ml_backend.doctor.finding import Check, Examined, Finding
 from ml_backend.doctor.label_studio import failing, reached
-from ml_backend.doctor.machine import device, disk, live_versions, weights
+from ml_backend.doctor.machine import artefacts, device, disk, live_versions, weights
 from ml_backend.doctor.project import project
 from ml_backend.doctor.server import server
 from ml_backend.projects.clients import Clients
@@ -14,7 +14,7 @@ from ml_backend.settings import Settings
 from ml_backend.store.artefacts import ArtefactStore
 from ml_backend.store.database import Database
 
-HERE: tuple[Check, ...] = (disk, device, weights, server, live_versions)
+HERE: tuple[Check, ...] = (disk, device, weights, server, artefacts, live_versions)
 """Checks that need no Label Studio, in their order."""
 THERE: tuple[Check, ...] = (reached, failing)
 """Checks of Label Studio, after which a project is looked at, unless one of them found an error."""

@@ -1,4 +1,4 @@
-"""Checks this machine: disk, device, weights, and the live versions' artefacts."""
+"""Checks this machine: disk, device, weights, where versions are stored, and the live versions."""
 
 from __future__ import annotations
 
@@ -54,6 +54,15 @@ def weights(backend: Examined) -> Iterable[Finding]:
     if loaded.kind == "none":
         return [found("weights", "warning", "weights_missing", **values)]
     return [found("weights", "ok", "weights", **values)]
+
+
+def artefacts(backend: Examined) -> Iterable[Finding]:
+    """Checks whether model versions can be stored."""
+    try:
+        where = backend.artefacts.probe()
+    except StoreUnavailable as error:
+        return [found("artefacts", "error", "artefacts_unavailable", detail=str(error))]
+    return [found("artefacts", "ok", "artefacts", detail=where)]
 
 
 def live_versions(backend: Examined) -> Iterable[Finding]:

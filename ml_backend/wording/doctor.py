@@ -26,6 +26,8 @@ WORDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "doctor.weights_none_set": lambda v: "none, as set: trainings start from nothing",
     "doctor.weights_missing": lambda v: f"{v['preset']}: {v['detail']}",
     "doctor.weights_unusable": lambda v: str(v["detail"]),
+    "doctor.artefacts": lambda v: str(v["detail"]),
+    "doctor.artefacts_unavailable": lambda v: str(v["detail"]),
     "doctor.version_loads": lambda v: f"project {v['project']}: {v['version']} loads",
     "doctor.version_unloadable": lambda v: (
         f"project {v['project']}: {v['version']} cannot serve; an earlier one does, where there is "
