@@ -137,7 +137,7 @@ class Backend:
 
     @functools.cached_property
     def connection_title(self) -> ConnectionTitle:
-        """Keeps Label Studio's side in step."""
+        """Shows the live version in the title of the connection."""
         return ConnectionTitle(self.settings, self.database, self.label_studios)
 
     @functools.cached_property

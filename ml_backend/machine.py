@@ -127,7 +127,7 @@ def _text(file: Path) -> str:
         return ""
 
 
-def die_with_parent(signum: signal.Signals = signal.SIGKILL) -> None:
+def die_with_parent(signum: signal.Signals = signal.SIGTERM) -> None:
     """Makes this process receive a signal when the thread that started it ends, however (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signum)

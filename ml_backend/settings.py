@@ -29,7 +29,7 @@ DEFAULT_FILE = Path("config/default.env")
 
 _OURS = "ML_BACKEND_"
 _REMOVED = {
-    "QUEUE_URL": "the queue lies in the database since 0.2 (DATABASE_URL): remove the setting",
+    "QUEUE_URL": "the queue lies in the database now (DATABASE_URL): remove the setting",
 }
 """Settings of earlier releases, with the remedy for each."""
 _UNCHECKED = {"ML_BACKEND_CONFIG"}
@@ -70,7 +70,7 @@ class Settings(BaseSettings):
     # State
     model_dir: Path = _named("MODEL_DIR", Path("data"))
     database_url: str | None = _named("DATABASE_URL", None)
-    host_name: str = _named("ML_BACKEND_HOST_NAME", "")
+    host_name: str = _named("ML_BACKEND_HOST_NAME", "", pattern=r"^[\w.-]{0,100}$")
     artefacts_url: str | None = _named("ML_BACKEND_ARTEFACTS_URL", None)
 
     # The detector

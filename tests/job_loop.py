@@ -190,6 +190,25 @@ class Loop:
         """Lets a job's last heartbeat lie so far back that its worker counts as lost."""
         self._update(number, heartbeat_at=now() - STALE_AFTER - timedelta(seconds=1))
 
+    def queued_long_ago(self, number: int, status: str | None) -> None:
+        """Lets a job wait for long while its entry has a status; None: the entry is gone."""
+        self._update(number, created_at=now() - STALE_AFTER - timedelta(seconds=1))
+        entry = self.entry(number).id
+        with self.database.session() as session:
+            if status is None:
+                session.execute(
+                    text(f"DELETE FROM {self._entries} WHERE workflow_uuid = :entry"),
+                    {"entry": entry},
+                )
+                return
+            session.execute(
+                text(
+                    f"UPDATE {self._entries} SET status = :status, updated_at = 0 "
+                    "WHERE workflow_uuid = :entry"
+                ),
+                {"entry": entry, "status": status},
+            )
+
     def enough_for(self, number: int, seconds: float) -> None:
         """Lets the moment from which a waiting training had enough changes lie further back."""
         checkpoint = self.job(number).checkpoint

@@ -21,7 +21,7 @@ import psycopg
 import pytest
 
 from ml_backend.demo.label_studio_server import DidNotStart, free_port
-from ml_backend.worker.processes import die_with_parent
+from ml_backend.machine import die_with_parent
 
 _WITHIN = 60.0
 # A time zone that is no whole number of hours from UTC shows where code relies on the server's.

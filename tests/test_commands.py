@@ -20,12 +20,12 @@ from ml_backend.demo.label_studio_server import free_port
 from ml_backend.demo.project import LABEL_CONFIG
 from ml_backend.detection.detector import Detector
 from ml_backend.detection.presets import preset_named
+from ml_backend.machine import die_with_parent
 from ml_backend.reasons import Code, reason
 from ml_backend.settings import load_settings
 from ml_backend.store.tables import Job, Project
 from ml_backend.training.promotion import Verdict
 from ml_backend.wording import words
-from ml_backend.worker.processes import die_with_parent
 from tests.conftest import capture, make_live, record_version
 
 KEY, OTHER = "1.1795463889", "1.1577836800"

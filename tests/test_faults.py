@@ -438,7 +438,7 @@ def test_supervisor_training_over_its_time_limit_ends_it_counting_from_the_first
     limit = stand_in.BUILT_WITHIN / 2
     monkeypatch.setattr(supervisor, "limits_of", lambda *_: Limits(silence=600, training=limit))
     # The supervisor looks at the limits at each heartbeat.
-    monkeypatch.setattr(supervisor, "_HEARTBEAT", limit / 4)
+    monkeypatch.setattr(supervisor, "HEARTBEAT", limit / 4)
     queued.supervise(monkeypatch)
     assert _processes_of_jobs() == []
     # Before the first step it took longer than the limit, and came to the second one.

@@ -335,6 +335,30 @@ def test_recover_silent_job_puts_it_back_and_answers_its_entry(loop: Loop) -> No
     assert (claimed.attempt, claimed.progress) == (2, 0.0)
 
 
+@pytest.mark.parametrize("status", [None, "PENDING", "ERROR", "SUCCESS", "CANCELLED"])
+def test_requeue_lost_job_whose_entry_starts_nothing_puts_it_into_the_queue_again(
+    loop: Loop, status: str | None
+) -> None:
+    loop.annotate(range(1, 11))
+    number = loop.ask().job
+    loop.queued_long_ago(number, status)
+    loop.jobs.requeue_lost()
+    assert (loop.job(number).state, loop.job(number).run) == (JobState.QUEUED, 2)
+    assert loop.entry(number).status == "ENQUEUED"
+    loop.jobs.requeue_lost()
+    assert loop.job(number).run == 2
+    assert loop.jobs.claim(number, 1, "host-a") is None
+    assert loop.claim(number).state == JobState.RUNNING
+
+
+def test_requeue_lost_job_that_waits_in_the_queue_leaves_it_alone(loop: Loop) -> None:
+    loop.annotate(range(1, 11))
+    number = loop.ask().job
+    loop.queued_long_ago(number, "ENQUEUED")
+    loop.jobs.requeue_lost()
+    assert loop.job(number).run == 1
+
+
 def test_recover_job_with_a_fresh_heartbeat_leaves_it_alone(loop: Loop) -> None:
     job = loop.started()
     assert loop.jobs.recover() == []

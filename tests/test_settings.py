@@ -34,7 +34,7 @@ def test_load_settings_environment_wins_over_the_file(tmp_path: Path) -> None:
         ({"DATABASE_URL": "mysql://x"}, ["DATABASE_URL", "postgresql://"]),
         (
             {"QUEUE_URL": "redis://127.0.0.1:6379/0"},
-            ["QUEUE_URL: the queue lies in the database since 0.2 (DATABASE_URL): remove the"],
+            ["QUEUE_URL: the queue lies in the database now (DATABASE_URL): remove the"],
         ),
         ({"BASIC_AUTH_USER": "me"}, ["BASIC_AUTH_PASS"]),
         ({"BASIC_AUTH_USER": "me", "BASIC_AUTH_PASS": "пароль"}, ["BASIC_AUTH_PASS", "Latin-1"]),
@@ -94,7 +94,7 @@ def test_default_file_documents_every_setting() -> None:
     ("name", "said"),
     [
         ("ML_BACKEND_NO_SUCH", "ML_BACKEND_NO_SUCH is not a setting"),
-        ("QUEUE_URL", "QUEUE_URL: the queue lies in the database since 0.2"),
+        ("QUEUE_URL", "QUEUE_URL: the queue lies in the database now"),
     ],
 )
 def test_command_unknown_or_removed_setting_ends_the_start_with_one_line(

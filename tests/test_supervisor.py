@@ -38,7 +38,7 @@ def loop(tmp_path: Path) -> Iterator[Loop]:
 def supervised(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> Supervise:
     """Return a function that supervises a process that reports stages; it returns the job."""
     monkeypatch.setattr(supervisor, "PROGRAM", "tests.reporting_job")
-    monkeypatch.setattr(supervisor, "_HEARTBEAT", 0.5)
+    monkeypatch.setattr(supervisor, "HEARTBEAT", 0.5)
     monkeypatch.setattr(
         supervisor, "limits_of", lambda kind, settings: Limits(silence=LIMIT, training=LIMIT)
     )

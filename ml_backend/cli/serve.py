@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
@@ -18,11 +19,14 @@ from rich.markup import escape
 import ml_backend
 from ml_backend.cli.opening import check_device, open_settings
 from ml_backend.cli.output import err, fail
+from ml_backend.machine import die_with_parent
 from ml_backend.settings import Settings, SettingsError
-from ml_backend.worker.processes import die_with_parent
 
 _PORT_WITHIN = 5.0
 """Seconds in which a port that was in use may become free."""
+
+_ENDS_WITHIN = 40.0
+"""Seconds that a process may take to end when it is told to."""
 
 
 def serve() -> None:
@@ -73,18 +77,25 @@ def serve() -> None:
         if server in ended:
             for process in running.values():
                 process.terminate()
-            for process in running.values():
-                process.wait()
+            _end(running.values())
             raise typer.Exit(ended[server])
         for name, code in ended.items():
             err.print(f"the {name} ended (status {code}); it is started again")
             time.sleep(1)
             if not stopping:
                 running[name] = start(name)
-    for process in running.values():
+                if stopping:
+                    running[name].terminate()
+    _end(running.values())
+
+
+def _end(processes: Iterable[subprocess.Popen[bytes]]) -> None:
+    """Waits for processes that were told to end, and kills those that do not."""
+    for process in processes:
         with suppress(subprocess.TimeoutExpired):
-            process.wait(40)
+            process.wait(_ENDS_WITHIN)
         process.kill()
+        process.wait()
 
 
 def worker(

@@ -27,7 +27,7 @@ from ml_backend.demo.label_studio_server import (
 )
 from ml_backend.demo.project import LABEL_CONFIG, annotate, create_project
 from ml_backend.demo.shapes import generate
-from ml_backend.worker.processes import die_with_parent
+from ml_backend.machine import die_with_parent
 
 IMAGES = 150
 ANNOTATED = 30

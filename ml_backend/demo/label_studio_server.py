@@ -16,7 +16,7 @@ from typing import IO
 
 import requests
 
-from ml_backend.worker.processes import die_with_parent
+from ml_backend.machine import die_with_parent
 
 _START_WITHIN = 300.0
 

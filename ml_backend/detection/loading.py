@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import multiprocessing
+import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, Protocol, TypeVar
@@ -272,7 +273,7 @@ def _loader(dataset: Dataset[Any], *, workers: int, **options: Any) -> DataLoade
 
 def _begin_worker(number: int) -> None:
     # The parent may be killed at any moment; PyTorch's own check takes seconds to notice.
-    die_with_parent()
+    die_with_parent(signal.SIGKILL)
 
 
 def _to_arrays(examples: Sequence[Example]) -> list[tuple[np.ndarray[Any, Any] | None, ...]]:

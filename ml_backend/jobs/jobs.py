@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session, undefer
 
 from ml_backend.jobs.outcomes import TakenOver
@@ -27,6 +27,9 @@ ATTEMPTS = 3
 
 STALE_AFTER = timedelta(seconds=30)
 """A running job without a heartbeat for so long has lost its worker."""
+
+_LOOKED_AT = 500
+"""Jobs whose entries are looked up at once, the oldest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,6 +288,32 @@ class Jobs:
                 lost.append((job.id, job.run))
                 self._put_back(session, job, reason(Code.WORKER_LOST), wait=0, counts=True)
         return [entry_id(number, run) for number, run in lost]
+
+    def requeue_lost(self) -> None:
+        """Puts the jobs into the queue again whose entry there starts nothing any more.
+
+        A worker may die between taking an entry and claiming its job.
+        """
+        before = now() - STALE_AFTER
+        with self._database.reading() as session:
+            queued = session.execute(
+                select(Job.id, Job.run)
+                .where(
+                    Job.state == JobState.QUEUED,
+                    Job.run > 0,
+                    Job.created_at < before,
+                    or_(Job.not_before.is_(None), Job.not_before < before),
+                )
+                .order_by(Job.id)
+                .limit(_LOOKED_AT)
+            ).all()
+        runs = {entry_id(number, run): (number, run) for number, run in queued}
+        for entry in self._queue.lost(runs):
+            number, run = runs[entry]
+            with self._database.session() as session:
+                job = session.get_one(Job, number, with_for_update=True)
+                if job.state == JobState.QUEUED and job.run == run:
+                    self._queue.put(session, job)
 
     def _put_back(
         self, session: Session, job: Job, why: Reason, *, wait: float, counts: bool

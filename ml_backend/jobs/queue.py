@@ -2,14 +2,15 @@
 
 A job is put into the queue in the transaction that writes its row, so that no job exists without
 its entry. DBOS then decides which worker starts it and when, keeps delays, limits how many run at
-once, and starts again what a worker that died had begun.
+once, and starts again what a worker that died had begun when that worker comes back.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Collection, Mapping
 
 from dbos import DBOSClient, EnqueueOptions
 from sqlalchemy.orm import Session
@@ -22,6 +23,9 @@ APPLICATION = "ml-backend"
 PROTOCOL = "1"
 """Version of the entries: workers start only those of their own."""
 WORKFLOW = "run_job"
+_LOST_AFTER = 30.0
+"""Seconds after which an entry that a worker has taken, but whose job it did not claim, is lost."""
+_ALIVE = frozenset({"ENQUEUED", "DELAYED"})
 AT_ONCE: Mapping[JobKind, int] = {
     JobKind.TRAIN: 1,
     JobKind.AUTOLABEL: 1,
@@ -64,9 +68,32 @@ class Queue:
             options["delay_seconds"] = wait
         self._client.enqueue_in_transaction(session, options, job.id, job.run)
 
+    def lost(self, entries: Collection[str]) -> set[str]:
+        """Finds the entries that start nothing any more.
+
+        Args:
+            entries: entries of jobs that wait in the queue.
+
+        Returns:
+            Those that are gone, that have ended, or that a worker took long ago and died with.
+        """
+        if not entries:
+            return set()
+        found = self._client.list_workflows(
+            workflow_ids=list(entries), load_input=False, load_output=False
+        )
+        latest = (time.time() - _LOST_AFTER) * 1000
+        alive = {
+            entry.workflow_id
+            for entry in found
+            if entry.status in _ALIVE
+            or (entry.status == "PENDING" and (entry.updated_at or 0) > latest)
+        }
+        return set(entries) - alive
+
     @functools.cached_property
     def _client(self) -> DBOSClient:
-        logging.getLogger("dbos").setLevel(logging.WARNING)
+        logging.getLogger("dbos").setLevel(logging.ERROR)
         return DBOSClient(
             system_database_engine=self._database.engine,
             dbos_system_schema=QUEUE_SCHEMA,

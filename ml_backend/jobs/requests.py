@@ -207,7 +207,7 @@ class Requests:
     def waiting_training(self, project_id: int) -> Job | None:
         """A project's training that waits, if there is one."""
         with self._database.reading() as session:
-            job = _active(session, project_id, JobKind.TRAIN)
+            job = _active(session, project_id, JobKind.TRAIN, locked=False)
             return job if job is not None and job.state == JobState.WAITING else None
 
     def _decide(
@@ -314,16 +314,19 @@ def _newest(session: Session, project_id: int, kind: JobKind) -> Job | None:
         .where(Job.project_id == project_id, Job.kind == kind)
         .order_by(Job.id.desc())
         .limit(1)
+        .with_for_update()
     )
 
 
-def _active(session: Session, project_id: int, kind: JobKind) -> Job | None:
-    return session.scalar(
+def _active(session: Session, project_id: int, kind: JobKind, *, locked: bool = True) -> Job | None:
+    job = (
         select(Job)
         .where(Job.project_id == project_id, Job.kind == kind, Job.state.in_(ACTIVE))
         .order_by(Job.id.desc())
         .limit(1)
     )
+    # A worker may claim the job just now.
+    return session.scalar(job.with_for_update() if locked else job)
 
 
 def _fruitless_training(session: Session, project: Project) -> Job | None:

@@ -137,7 +137,10 @@ class ModelCache:
             DeviceError: the device cannot be used, or every GPU has its process.
         """
         devices = serving_devices(self._settings.device)
-        self._device = own_device(devices, self._settings.model_dir)
+        # Several hosts may share one folder, and each has devices of its own.
+        locks = self._settings.model_dir / "locks" / self._settings.this_host
+        locks.mkdir(parents=True, exist_ok=True)
+        self._device = own_device(devices, locks)
         if self._device.type == "cpu" and self._settings.workers > 1:
             # Several torch processes that each take every core slow each other many times over.
             torch.set_num_threads(max(1, usable_cores() // self._settings.workers))

@@ -150,7 +150,7 @@ class Database:
                 return
         from dbos import DBOS
 
-        logging.getLogger("dbos").setLevel(logging.WARNING)
+        logging.getLogger("dbos").setLevel(logging.ERROR)
         DBOS.migrate(self.url, schema=QUEUE_SCHEMA)
 
     def checkpoint(self) -> None:

@@ -34,7 +34,9 @@ def devices_of_host(setting: str) -> list[str]:
         [sys.executable, "-c", _LIST, setting], capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+        said = done.stderr.strip().splitlines()
+        ended = f"the process that lists the devices ended with status {done.returncode}"
+        raise RuntimeError(said[-1] if said else ended)
     return done.stdout.split()
 
 

@@ -1,8 +1,8 @@
 """The queue's engine: DBOS takes entries from the queue and starts each on a thread of the worker.
 
 DBOS keeps its tables in the database of the jobs. Its records say which worker has an entry; an
-entry whose worker died is started again when a worker of the same host and device starts, or when
-`restart` is told of it.
+entry whose worker died is started again when a worker of the same host and device starts. A job of
+a worker that does not come back is put into the queue again (`Jobs.recover`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _POLL = 0.5
 """Seconds between two looks into the queue."""
 _WAIT_MS = 10_000
 _KEEP = 24 * 3600.0
-"""Seconds that entries are kept after their end."""
+"""Seconds that entries are kept."""
 _BATCH = 500
 
 
@@ -88,7 +88,7 @@ class QueueEngine:
 
     @staticmethod
     def prune() -> None:
-        """Deletes entries that ended a day ago."""
+        """Deletes entries that were made more than a day ago and have ended."""
         ended = DBOS.list_workflows(
             status=["SUCCESS", "ERROR", "CANCELLED"],
             end_time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - _KEEP)),

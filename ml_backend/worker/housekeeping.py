@@ -7,6 +7,7 @@ show the live version, changed annotations whose audit is due, and jobs whose wo
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from sqlalchemy import select
+from sqlalchemy.exc import DatabaseError
 
 from ml_backend.audits.audits import Audits
 from ml_backend.jobs.jobs import Jobs
@@ -25,7 +27,7 @@ from ml_backend.projects.connection_title import ConnectionTitle
 from ml_backend.projects.ingest import Ingest
 from ml_backend.projects.reconcile import reconcile
 from ml_backend.settings import Settings
-from ml_backend.store.database import Database
+from ml_backend.store.database import Database, is_outside
 from ml_backend.store.states import JobState
 from ml_backend.store.tables import Project, now
 
@@ -41,6 +43,7 @@ _IMPORTED = timedelta(seconds=2)
 several events."""
 _READ_AGAIN = 30.0
 """Seconds until another attempt to read back annotations that are still missing."""
+_REQUEUE_EVERY = 10.0
 _PRUNE_EVERY = 3600.0
 _THREADS = 4
 
@@ -113,19 +116,27 @@ class Housekeeping:
         self._running = running
         self._forget = forget
         self._prune = prune
-        self._pruned_at = time.monotonic()
+        self._pruned_at = self._requeued_at = time.monotonic()
         self._seen: dict[int, _Seen] = {}
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="housekeeping")
 
     def run(self, stopping: threading.Event) -> None:
         """Looks every second until the worker stops."""
+        is_away = False
         while not stopping.wait(_TICK):
             try:
                 self._look()
+                is_away = False
+            except DatabaseError as error:
+                # The next look tries again.
+                if not is_outside(error):
+                    _log.exception("looking for work failed")
+                elif not is_away:
+                    _log.warning("work is looked for later: %s", error.orig)
+                is_away = is_outside(error)
             except Exception:
-                # The database may be away for a moment; the next look tries again.
                 _log.exception("looking for work failed")
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def ended(self, project_id: int) -> None:
         """Looks again at a project after one of its jobs: more may have changed meanwhile."""
@@ -136,6 +147,9 @@ class Housekeeping:
     def _look(self) -> None:
         self._database.checkpoint()
         self._forget(self._jobs.recover(set(self._running())))
+        if time.monotonic() > self._requeued_at + _REQUEUE_EVERY:
+            self._requeued_at = time.monotonic()
+            self._jobs.requeue_lost()
         if time.monotonic() > self._pruned_at + _PRUNE_EVERY:
             self._pruned_at = time.monotonic()
             self._prune()
@@ -155,7 +169,8 @@ class Housekeeping:
         since = project.unread_since
         if since is None or now() < since + _IMPORTED or seen.read_at > time.monotonic():
             return
-        seen.read_at = time.monotonic() + _READ_AGAIN
+        # Not again before this reading has ended: of many tasks it takes minutes.
+        seen.read_at = math.inf
         self._submit(self._read_back, project)
 
     def _consider_training(self, project: Project, seen: _Seen) -> None:
@@ -163,8 +178,8 @@ class Housekeeping:
         due = seen.due is not None and seen.due <= now()
         if project.revision <= project.trained_revision or not (changed or due):
             return
-        seen.revision = project.revision
         asked = self._requests.training(project.id)
+        seen.revision = project.revision
         seen.due = None
         if asked.state == JobState.WAITING:
             waiting = self._requests.waiting_training(project.id)
@@ -176,7 +191,7 @@ class Housekeeping:
         if seen.live == project.live_version and not again:
             return
         seen.live, seen.title_at = project.live_version, None
-        self._submit(self._update_title, project.id)
+        self._submit(self._update_title, project)
 
     def _consider_predictions(self, project: Project, seen: _Seen) -> None:
         # A version may be new, or tasks.
@@ -191,11 +206,11 @@ class Housekeeping:
         if seen.audited == project.revision or seen.audit_at > moment:
             return
         seen.audited, seen.audit_at = project.revision, moment + _AUDIT_EVERY
-        self._submit(self._audit, project.id)
+        self._submit(self._audit, project)
 
-    def _update_title(self, project_id: int) -> None:
-        if not self._title.update(project_id):
-            self._seen[project_id].title_at = time.monotonic() + _TITLE_AGAIN
+    def _update_title(self, project: Project) -> None:
+        if not self._title.update(project.id):
+            self._seen[project.id].title_at = time.monotonic() + _TITLE_AGAIN
 
     def _predict_tasks(self, project: Project) -> None:
         # Without a token nothing can be imported; the command says so.
@@ -203,25 +218,30 @@ class Housekeeping:
             self._requests.autolabel(project.id)
 
     def _read_back(self, project: Project) -> None:
-        client = self._label_studios.client(project)
-        if client is None:
-            return
         try:
+            client = self._label_studios.client(project)
+            if client is None:
+                return
             reconcile(project, client, self._database, self._ingest)
         except LabelStudioError as error:
             _log.warning("project %s is read back later: %s", project.key, error)
+        finally:
+            self._seen[project.id].read_at = time.monotonic() + _READ_AGAIN
 
-    def _audit(self, project_id: int) -> None:
-        wait = self._audits.update(project_id)
+    def _audit(self, project: Project) -> None:
+        wait = self._audits.update(project.id)
         if wait is not None:
-            seen = self._seen[project_id]
+            seen = self._seen[project.id]
             seen.audited, seen.audit_at = -1, time.monotonic() + wait
 
-    def _submit(self, work: Callable[..., None], *arguments: object) -> None:
+    def _submit(self, work: Callable[[Project], None], project: Project) -> None:
         def do() -> None:
             try:
-                work(*arguments)
+                work(project)
             except Exception:
-                _log.exception("housekeeping failed")
+                _log.exception("housekeeping of project %s failed; tried again", project.key)
+                seen = self._seen[project.id]
+                seen.tasks, seen.audited = None, -1
+                seen.title_at = seen.audit_at = time.monotonic() + _TITLE_AGAIN
 
         self._pool.submit(do)

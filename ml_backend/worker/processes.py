@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
-import sys
 
-_PR_SET_PDEATHSIG = 1
+from ml_backend.machine import die_with_parent
 
 
 def lower_priority(parent: int) -> None:
@@ -21,9 +19,3 @@ def lower_priority(parent: int) -> None:
     die_with_parent(signal.SIGKILL)
     if os.getppid() != parent:
         raise SystemExit("the worker that started this process is gone")
-
-
-def die_with_parent(signum: signal.Signals = signal.SIGTERM) -> None:
-    """Lets the kernel send this process a signal when the thread that started it ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signum)

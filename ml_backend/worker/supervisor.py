@@ -31,12 +31,15 @@ from ml_backend.worker.job_run import JobRun
 _log = logging.getLogger(__name__)
 
 PROGRAM = "ml_backend.programs.job"
-_HEARTBEAT = 5.0
+HEARTBEAT = 5.0
+"""Seconds between two heartbeats of a job."""
 _LOOK = 0.25
 """Seconds between two checks whether the worker stops: a stopping worker has little time."""
 _SILENCE = 900.0
 """Seconds that a job may take without progress: an import into a project of 100,000 tasks may take
 Label Studio minutes, and measuring thousands of images is one step."""
+_ENDS_WITHIN = 20.0
+"""Seconds in which a process ends after its last report; the heartbeat pauses meanwhile."""
 _AGAIN = 5.0
 """Seconds, for each attempt, until a job whose process crashed is tried again."""
 
@@ -91,17 +94,18 @@ def supervise(
         while True:
             for report in _next(reports):
                 if report is None:
-                    run.crashed(_why_ended(process.wait(), run.job.kind), _AGAIN)
+                    code = _wait(process)
+                    run.crashed(_why_ended(code, run.job.kind), _AGAIN)
                     return
                 watch.heard(report)
                 run.apply(report)
                 if isinstance(report, End):
-                    process.wait()
+                    _wait(process)
                     return
             if stopping.is_set():
                 run.stopped()
                 return
-            if time.monotonic() > beaten + _HEARTBEAT:
+            if time.monotonic() > beaten + HEARTBEAT:
                 beaten = time.monotonic()
                 run.beat()
                 if (why := watch.overdue(run.job.kind)) is not None:
@@ -182,6 +186,15 @@ def _start(
     return process, os.fdopen(mine, "rb")
 
 
+def _wait(process: subprocess.Popen[bytes]) -> int | None:
+    """The status of a process that has reported its last; None where it does not end."""
+    try:
+        return process.wait(_ENDS_WITHIN)
+    except subprocess.TimeoutExpired:
+        _log.warning("a job's process did not end by itself, and is killed")
+        return None
+
+
 def _reports_of(pipe: IO[bytes]) -> queue.Queue[Report | None]:
     """The reports that come through a pipe, as they come; None after the last."""
     found: queue.Queue[Report | None] = queue.Queue()
@@ -208,7 +221,9 @@ def _next(reports: queue.Queue[Report | None]) -> list[Report | None]:
         return []
 
 
-def _why_ended(code: int, kind: JobKind) -> Reason:
+def _why_ended(code: int | None, kind: JobKind) -> Reason:
+    if code is None:
+        return reason(Code.PROCESS_CRASHED, kind=kind)
     if code == -signal.SIGKILL:
         return reason(Code.PROCESS_KILLED, kind=kind)
     if code < 0:

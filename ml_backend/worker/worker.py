@@ -6,7 +6,8 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from sqlalchemy.exc import DatabaseError
 
@@ -24,7 +25,7 @@ from ml_backend.worker.engine import QueueEngine
 from ml_backend.worker.housekeeping import Housekeeping
 from ml_backend.worker.job_run import JobRun
 from ml_backend.worker.preparation import Preparation
-from ml_backend.worker.supervisor import supervise
+from ml_backend.worker.supervisor import HEARTBEAT, supervise
 
 _log = logging.getLogger(__name__)
 
@@ -97,7 +98,14 @@ class Worker:
         name = f"{self._settings.this_host}-{self._device}"
         engine = self._make_engine(name, self.run_job)
         self._housekeeping = self._make_housekeeping(lambda: set(self._running), engine)
-        engine.start()
+        try:
+            engine.start()
+        except BaseException:
+            # The threads of an engine that began would keep the process, and its device, alive.
+            self._stopping.set()
+            engine.stop()
+            lock.release()
+            raise
         _log.info("worker %s takes jobs", name)
         housekeeper = threading.Thread(
             target=self._housekeeping.run, args=(self._stopping,), name="housekeeping"
@@ -123,7 +131,8 @@ class Worker:
             if self._stopping.is_set():
                 job_run.stopped()
                 return
-            prepared = self._prepare(job, job_run)
+            with _beating(job_run):
+                prepared = self._prepare(job, job_run)
             if prepared is not None:
                 supervise(
                     job_run,
@@ -166,3 +175,25 @@ class Worker:
         assert ended is not None
         job_run.apply(End.of(ended))
         return None
+
+
+@contextmanager
+def _beating(job_run: JobRun) -> Iterator[None]:
+    """Keeps a job's heartbeat while it is prepared: reading back may take minutes."""
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(HEARTBEAT):
+            try:
+                job_run.beat()
+            except TakenOver:
+                # The next write of the run itself ends it.
+                return
+
+    thread = threading.Thread(target=beat, name="heartbeat")
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
