@@ -31,11 +31,13 @@ def _annotate(backend: RunningBackend, number: int, image: ShapeImage) -> None:
 
 
 def _trainings(backend: RunningBackend) -> list[psutil.Process]:
-    return [
-        child
+    """Find the processes of trainings, without the workers that they fork to read images."""
+    found = {
+        child.pid: child
         for child in psutil.Process(backend.pid).children(recursive=True)
         if {"ml_backend.programs.job", "train"} <= set(child.cmdline())
-    ]
+    }
+    return [child for child in found.values() if child.ppid() not in found]
 
 
 def _training(seen: Backend) -> Job:
