@@ -180,12 +180,13 @@ def wait_for_autolabel(backend: RunningBackend, version: str) -> None:
 
 
 def training_processes(backend: RunningBackend) -> list[psutil.Process]:
-    """Return the processes that train for a backend."""
-    return [
-        child
+    """Return a backend's processes that train, without the workers that they fork to read."""
+    found = {
+        child.pid: child
         for child in psutil.Process(backend.pid).children(recursive=True)
         if {"ml_backend.programs.job", "train"} <= set(child.cmdline())
-    ]
+    }
+    return [child for child in found.values() if child.ppid() not in found]
 
 
 def shown_version(site: Site, task: int, version: str) -> bool:
