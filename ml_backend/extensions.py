@@ -44,7 +44,9 @@ class Registry:
     @functools.cached_property
     def paths(self) -> Mapping[str, str]:
         """Import paths by name: the built-in ones, then those of installed packages."""
-        return self._builtin | {e.name: e.value for e in entry_points(group=self.group)}
+        declared = {e.name: e.value for e in entry_points(group=self.group)}
+        # A built-in one keeps its name; `check` tells of the other.
+        return self._builtin | {n: path for n, path in declared.items() if n not in self._builtin}
 
     def __contains__(self, name: object) -> bool:
         return name in self.paths
@@ -70,13 +72,18 @@ class Registry:
         """Imports every extension that another package has declared.
 
         Raises:
-            ExtensionError: one of them cannot be imported.
+            ExtensionError: one of them cannot be imported, or has the name of a built-in one.
         """
         for entry in entry_points(group=self.group):
+            package = entry.dist.name if entry.dist is not None else "unknown"
+            if entry.name in self._builtin:
+                raise ExtensionError(
+                    f"the {self.kind} {entry.name!r} of the package {package} has the name of a "
+                    "built-in one: rename it there, or uninstall the package"
+                )
             try:
                 _import(entry.value)
             except Exception as error:
-                package = entry.dist.name if entry.dist is not None else "unknown"
                 raise ExtensionError(
                     f"the {self.kind} {entry.name!r} of the package {package} cannot be imported "
                     f"from {entry.value} ({_cause(error)}): repair the package, or uninstall it"
@@ -90,7 +97,7 @@ def check_extensions() -> None:
     config fail.
 
     Raises:
-        ExtensionError: an extension cannot be imported; the text names it and its package.
+        ExtensionError: an extension cannot be used; the text names it and its package.
     """
     for registry in (PRESETS, STRATEGIES, CONTROLS, DATASET_FORMATS):
         registry.check()

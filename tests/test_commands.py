@@ -319,15 +319,30 @@ def test_serve_and_worker_unusable_detector_stops_the_start(
     assert f"wrong setting: {name}: " in ended.stderr
 
 
-@pytest.mark.parametrize("command", ["serve", "worker"])
-def test_serve_and_worker_broken_extension_of_another_package_stops_the_start(
-    tmp_path: Path, command: str
+@pytest.mark.parametrize(
+    ("command", "name", "why"),
+    [
+        (
+            "serve",
+            "circle",
+            "cannot be imported from their_controls:Circle (no licence): repair the package, or "
+            "uninstall it",
+        ),
+        (
+            "worker",
+            "rectanglelabels",
+            "has the name of a built-in one: rename it there, or uninstall the package",
+        ),
+    ],
+)
+def test_serve_and_worker_unusable_extension_of_another_package_stops_the_start(
+    tmp_path: Path, command: str, name: str, why: str
 ) -> None:
     metadata = tmp_path / "site" / "their_controls-1.0.dist-info"
     metadata.mkdir(parents=True)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: their-controls\nVersion: 1\n")
     (metadata / "entry_points.txt").write_text(
-        "[ml_backend.controls]\ncircle = their_controls:Circle\n"
+        f"[ml_backend.controls]\n{name} = their_controls:Circle\n"
     )
     (tmp_path / "site" / "their_controls.py").write_text("raise RuntimeError('no licence')\n")
     path = [str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")]
@@ -348,10 +363,7 @@ def test_serve_and_worker_broken_extension_of_another_package_stops_the_start(
         preexec_fn=die_with_parent,
     )
     assert ended.returncode == 1, ended.stderr
-    assert ended.stderr == (
-        "error: the control 'circle' of the package their-controls cannot be imported from "
-        "their_controls:Circle (no licence): repair the package, or uninstall it\n"
-    )
+    assert ended.stderr == f"error: the control {name!r} of the package their-controls {why}\n"
 
 
 def test_gunicorn_alone_wrong_setting_is_named_in_one_line(tmp_path: Path) -> None:
