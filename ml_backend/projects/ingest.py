@@ -357,12 +357,14 @@ def _notice_missing(session: Session, row: Project, event: Event) -> None:
     """Marks a project for reading back where Label Studio reports another number of annotations.
 
     An import with annotations sends `TASKS_CREATED` alone, and a project may have been annotated
-    before it was connected. Numbers in events of single annotations are compared only before the
-    first reading back: counting takes milliseconds, and differs while other events are on the way.
+    before it was connected. Numbers in events of single annotations are compared only until the
+    project is marked or read back: a count takes a millisecond while other webhooks wait to write,
+    and numbers differ while other events are on the way.
     """
     told = event.project.annotations
     single = isinstance(event, AnnotationsChanged | AnnotationsDeleted)
-    if told is None or (single and row.reconciled_at is not None):
+    settled = row.reconciled_at is not None or row.unread_since is not None
+    if told is None or (single and settled):
         return
     if told != live_annotations(session, row.id):
         row.unread_since = now()
