@@ -1,4 +1,4 @@
-"""Conversion of boxes between Label Studio's rectangles and corners.
+"""Reading and writing of boxes: conversion between Label Studio's rectangles and corners.
 
 Label Studio gives a rectangle's top left corner, width and height in percent of the image as it is
 displayed, and turns it clockwise about that corner by `rotation` degrees.
@@ -8,12 +8,56 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ml_backend.detection.types import Detections
+from ml_backend.label_studio.controls.base import (
+    Control,
+    ReadRegions,
+    Region,
+    first_known,
+    origin_of,
+    unknown_label,
+)
+
+
+def read_boxes(
+    control: Control, result: Sequence[Any], names_of: Callable[[Mapping[str, Any]], object]
+) -> ReadRegions:
+    """Reads the boxes that a control drew.
+
+    Args:
+        control: the control; regions of others are ignored.
+        result: the `result` of an annotation or a prediction, as JSON; it may hold anything.
+        names_of: finds the label names of a region, as JSON; its `value` is an object.
+    """
+    regions: list[Region] = []
+    dropped: list[str] = []
+    for region in result:
+        if (
+            not isinstance(region, dict)
+            or region.get("from_name") != control.from_name
+            or region.get("to_name") != control.to_name
+        ):
+            continue
+        value = region.get("value")
+        if not isinstance(value, dict):
+            dropped.append("a region has no value")
+            continue
+        names = names_of(region)
+        label = first_known(names, control.labels)
+        if label is None:
+            dropped.append(unknown_label(names))
+            continue
+        corners = corners_of(value, region)
+        if isinstance(corners, str):
+            dropped.append(corners)
+            continue
+        regions.append(Region(label, *corners, str(region.get("id", "")), origin_of(region)))
+    return ReadRegions(tuple(regions), tuple(dropped))
 
 
 def corners_of(

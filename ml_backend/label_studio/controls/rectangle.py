@@ -15,15 +15,11 @@ from ml_backend.label_studio.controls.base import (
     Label,
     Media,
     ReadRegions,
-    Region,
-    first_known,
     labels_in,
     labels_tag_of,
-    origin_of,
     score_threshold_of,
-    unknown_label,
 )
-from ml_backend.label_studio.controls.boxes import corners_of, rectangles
+from ml_backend.label_studio.controls.boxes import read_boxes, rectangles
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,30 +91,7 @@ class Rectangle(Control):
     def read_regions(self, result: Sequence[Any]) -> ReadRegions:
         """Reads the boxes, with the labels that the results of the `Labels` give to their ids."""
         names = self._names_by_region(result)
-        regions: list[Region] = []
-        dropped: list[str] = []
-        for region in result:
-            if (
-                not isinstance(region, dict)
-                or region.get("from_name") != self.from_name
-                or region.get("to_name") != self.to_name
-            ):
-                continue
-            value = region.get("value")
-            if not isinstance(value, dict):
-                dropped.append("a region has no value")
-                continue
-            number = str(region.get("id", ""))
-            label = first_known(names.get(number), self.labels)
-            if label is None:
-                dropped.append(unknown_label(names.get(number)))
-                continue
-            corners = corners_of(value, region)
-            if isinstance(corners, str):
-                dropped.append(corners)
-                continue
-            regions.append(Region(label, *corners, number, origin_of(region)))
-        return ReadRegions(tuple(regions), tuple(dropped))
+        return read_boxes(self, result, lambda region: names.get(str(region.get("id", ""))))
 
     def write_regions(
         self, found: Detections, names: Sequence[str], width: int, height: int

@@ -15,14 +15,10 @@ from ml_backend.label_studio.controls.base import (
     Label,
     Media,
     ReadRegions,
-    Region,
-    first_known,
     labels_in,
-    origin_of,
     score_threshold_of,
-    unknown_label,
 )
-from ml_backend.label_studio.controls.boxes import corners_of, rectangles
+from ml_backend.label_studio.controls.boxes import read_boxes, rectangles
 
 TYPE = "rectanglelabels"
 
@@ -70,29 +66,7 @@ class RectangleLabels(Control):
 
     def read_regions(self, result: Sequence[Any]) -> ReadRegions:
         """Reads the boxes; each region holds its labels itself."""
-        regions: list[Region] = []
-        dropped: list[str] = []
-        for region in result:
-            if (
-                not isinstance(region, dict)
-                or region.get("from_name") != self.from_name
-                or region.get("to_name") != self.to_name
-            ):
-                continue
-            value = region.get("value")
-            if not isinstance(value, dict):
-                dropped.append("a region has no value")
-                continue
-            label = first_known(value.get(TYPE), self.labels)
-            if label is None:
-                dropped.append(unknown_label(value.get(TYPE)))
-                continue
-            corners = corners_of(value, region)
-            if isinstance(corners, str):
-                dropped.append(corners)
-                continue
-            regions.append(Region(label, *corners, str(region.get("id", "")), origin_of(region)))
-        return ReadRegions(tuple(regions), tuple(dropped))
+        return read_boxes(self, result, lambda region: region["value"].get(TYPE))
 
     def write_regions(
         self, found: Detections, names: Sequence[str], width: int, height: int
