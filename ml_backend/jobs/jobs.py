@@ -245,7 +245,7 @@ class Jobs:
         )
 
     def recover(self, mine: Collection[int] = ()) -> list[str]:
-        """Puts back the jobs whose worker died on another host, and those of an earlier release.
+        """Puts back the jobs whose worker died on another host.
 
         Args:
             mine: jobs that this process runs; their heartbeats may be late where the database was
@@ -260,15 +260,6 @@ class Jobs:
                     Job.state == JobState.RUNNING, Job.heartbeat_at < now() - STALE_AFTER
                 )
             ).all()
-            # An earlier release had a queue of its own.
-            without_entry = session.scalars(
-                select(Job.id).where(Job.state == JobState.QUEUED, Job.run == 0)
-            ).all()
-        for number in without_entry:
-            with self._database.session() as session:
-                earlier = session.get_one(Job, number, with_for_update=True)
-                if earlier.state == JobState.QUEUED and earlier.run == 0:
-                    self._queue.put(session, earlier)
         lost: list[tuple[int, int]] = []
         for number in silent:
             if number in mine:
@@ -292,7 +283,8 @@ class Jobs:
     def requeue_lost(self) -> None:
         """Puts the jobs into the queue again whose entry there starts nothing any more.
 
-        A worker may die between taking an entry and claiming its job.
+        A worker may die between taking an entry and claiming its job; and an earlier release had a
+        queue of its own.
         """
         before = now() - STALE_AFTER
         with self._database.reading() as session:
@@ -300,7 +292,6 @@ class Jobs:
                 select(Job.id, Job.run)
                 .where(
                     Job.state == JobState.QUEUED,
-                    Job.run > 0,
                     Job.created_at < before,
                     or_(Job.not_before.is_(None), Job.not_before < before),
                 )

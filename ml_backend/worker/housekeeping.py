@@ -21,7 +21,7 @@ from sqlalchemy.exc import DatabaseError
 from ml_backend.audits.audits import Audits
 from ml_backend.jobs.jobs import Jobs
 from ml_backend.jobs.requests import Requests
-from ml_backend.label_studio.client import LabelStudioError
+from ml_backend.label_studio.errors import LabelStudioError
 from ml_backend.projects.clients import Clients
 from ml_backend.projects.connection_title import ConnectionTitle
 from ml_backend.projects.ingest import Ingest
@@ -116,7 +116,8 @@ class Housekeeping:
         self._running = running
         self._forget = forget
         self._prune = prune
-        self._pruned_at = self._requeued_at = time.monotonic()
+        self._pruned_at = time.monotonic()
+        self._requeued_at = -math.inf
         self._seen: dict[int, _Seen] = {}
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="housekeeping")
 
