@@ -45,8 +45,8 @@ class Registry:
     def paths(self) -> Mapping[str, str]:
         """Import paths by name: the built-in ones, then those of installed packages."""
         declared = {e.name: e.value for e in entry_points(group=self.group)}
-        # A built-in one keeps its name; `check` tells of the other.
-        return self._builtin | {n: path for n, path in declared.items() if n not in self._builtin}
+        # In this order, and a built-in one keeps its name: `check` tells of the other.
+        return self._builtin | declared | self._builtin
 
     def __contains__(self, name: object) -> bool:
         return name in self.paths

@@ -1,4 +1,4 @@
-"""Answers how many cores and how much memory this process may use, and ends it with its parent.
+"""Finds the cores, memory and devices that this process may use, and ends it with its parent.
 
 A container limits both through its control group (cgroup), while `os.cpu_count` and
 `psutil.virtual_memory` answer for the whole host. Formats: Linux kernel documentation,
@@ -12,11 +12,12 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import psutil
+from filelock import FileLock, Timeout
 
 ROOT = Path("/")
 _PR_SET_PDEATHSIG = 1
@@ -125,6 +126,28 @@ def _text(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except OSError:
         return ""
+
+
+def lock_device(folder: Path, devices: Iterable[str]) -> tuple[str, FileLock] | None:
+    """Takes the first of several devices that no other process of the same kind has.
+
+    Args:
+        folder: holds the lock files of processes of this kind on this host; made if missing.
+        devices: names of the devices, as `cpu` or `cuda:N`.
+
+    Returns:
+        The device, and its lock, which holds for as long as the object lives; None where others
+        have them all.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for device in devices:
+        lock = FileLock(folder / f"{device.replace(':', '-')}.lock", blocking=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            continue
+        return device, lock
+    return None
 
 
 def die_with_parent(signum: signal.Signals = signal.SIGTERM) -> None:

@@ -138,8 +138,7 @@ class ModelCache:
         """
         devices = serving_devices(self._settings.device)
         # Several hosts may share one folder, and each has devices of its own.
-        locks = self._settings.model_dir / "locks" / self._settings.this_host
-        locks.mkdir(parents=True, exist_ok=True)
+        locks = self._settings.model_dir / "locks" / self._settings.this_host / "servers"
         self._device = own_device(devices, locks)
         if self._device.type == "cpu" and self._settings.workers > 1:
             # Several torch processes that each take every core slow each other many times over.

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from ml_backend.detection.device import DevicesTaken, resolve_device
+from ml_backend.machine import lock_device
 
 
 def serving_devices(requested: str) -> list[torch.device]:
@@ -35,17 +36,14 @@ def own_device(devices: Sequence[torch.device], folder: Path) -> torch.device:
     Raises:
         DevicesTaken: other processes own every GPU.
     """
-    for device in devices:
-        if device.type == "cpu":
-            return device
-        lock = FileLock(folder / f"cuda-{device.index}.lock", blocking=False)
-        try:
-            lock.acquire()
-        except Timeout:
-            continue
+    if devices[0].type == "cpu":
+        return devices[0]
+    taken = lock_device(folder, map(str, devices))
+    if taken is not None:
+        device, lock = taken
         # The lock is released when the object is collected: it is kept as long as the process.
         _OWNED.append(lock)
-        return device
+        return torch.device(device)
     names = ", ".join(map(str, devices))
     raise DevicesTaken(
         f"{names}: another process serves on {'it' if len(devices) == 1 else 'each of them'}",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
+from ml_backend.machine import lock_device
 from ml_backend.settings import Settings
 
 _LIST = (
@@ -43,18 +43,8 @@ def devices_of_host(setting: str) -> list[str]:
 def own_device(settings: Settings, devices: Sequence[str]) -> tuple[str, FileLock] | None:
     """Takes a device of this host for as long as the lock is held.
 
-    The lock's file names the host: several hosts may share one `MODEL_DIR`.
-
     Returns:
         The device and its lock; None where other workers of this host own them all.
     """
-    for device in devices:
-        folder = settings.model_dir / "locks"
-        folder.mkdir(exist_ok=True)
-        lock = FileLock(Path(folder) / f"{settings.this_host}-{device.replace(':', '-')}.lock")
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            continue
-        return device, lock
-    return None
+    # Several hosts may share one `MODEL_DIR`.
+    return lock_device(settings.model_dir / "locks" / settings.this_host / "workers", devices)
