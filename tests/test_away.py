@@ -28,12 +28,8 @@ from ml_backend.doctor.finding import Finding
 from ml_backend.http.app import create_app
 from ml_backend.label_studio import client as client_module
 from ml_backend.label_studio import transport as transport_module
-from ml_backend.label_studio.client import (
-    LabelStudioClient,
-    Passing,
-    Unauthorized,
-    Unreachable,
-)
+from ml_backend.label_studio.client import LabelStudioClient
+from ml_backend.label_studio.errors import Passing, Unauthorized, Unreachable
 from ml_backend.projects.reconcile import reconcile
 from ml_backend.settings import load_settings
 from ml_backend.store.states import JobState

@@ -20,10 +20,10 @@ from ml_backend.demo.project import LABEL_CONFIG, annotate, create_project, regi
 from ml_backend.demo.shapes import SHAPES, ShapeImage, generate
 from ml_backend.detection.detector import Detector
 from ml_backend.detection.presets import preset_named
-from ml_backend.label_studio.client import (
+from ml_backend.label_studio.client import LabelStudioClient
+from ml_backend.label_studio.errors import (
     BadAnswer,
     Failed,
-    LabelStudioClient,
     LabelStudioError,
     NotFound,
     Unauthorized,

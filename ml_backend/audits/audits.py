@@ -18,14 +18,9 @@ from ml_backend.acquisition.control_group import is_control
 from ml_backend.audits.compare import Boxes, by_origin, compare
 from ml_backend.audits.summary import Summary, our_versions, summarise
 from ml_backend.audits.totals import Basis, change_totals, replace_totals
-from ml_backend.label_studio.client import (
-    Forbidden,
-    LabelStudioClient,
-    LabelStudioError,
-    NotFound,
-    Rejected,
-)
+from ml_backend.label_studio.client import LabelStudioClient
 from ml_backend.label_studio.controls.base import Control, Region
+from ml_backend.label_studio.errors import Forbidden, LabelStudioError, NotFound, Rejected
 from ml_backend.label_studio.events import PredictionInfo
 from ml_backend.label_studio.label_config import LabelConfigError, parse_label_config
 from ml_backend.projects.clients import Clients

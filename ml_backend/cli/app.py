@@ -54,7 +54,7 @@ def _outer_cause(error: Exception) -> str | None:
     from sqlalchemy.exc import DatabaseError
 
     from ml_backend.extensions import ExtensionError
-    from ml_backend.label_studio.client import LabelStudioError
+    from ml_backend.label_studio.errors import LabelStudioError
     from ml_backend.store.database import is_outside
 
     if isinstance(error, LabelStudioError | ExtensionError):

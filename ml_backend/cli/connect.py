@@ -29,7 +29,7 @@ def connect(
     as_json: JsonOption = False,
 ) -> None:
     """Connect a project, or repair its connection. Doing it again changes nothing."""
-    from ml_backend.label_studio.client import LabelStudioError
+    from ml_backend.label_studio.errors import LabelStudioError
     from ml_backend.label_studio.label_config import LabelConfigError
     from ml_backend.projects.connect import connect as connect_project
     from ml_backend.wording import told, words

@@ -85,7 +85,7 @@ def _show(job: Job, reason: Reason, as_json: bool) -> None:
 
 def _read_back(backend: Backend, project: Project) -> bool:
     """Reads back missed annotations; after a failure, prints it and answers False."""
-    from ml_backend.label_studio.client import LabelStudioError
+    from ml_backend.label_studio.errors import LabelStudioError
     from ml_backend.projects.reconcile import reconcile
 
     client = backend.label_studios.client(project)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ml_backend.doctor.finding import Examined, Finding, found
-from ml_backend.label_studio.client import LabelStudioError
+from ml_backend.label_studio.errors import LabelStudioError
 
 
 def reached(backend: Examined) -> Iterable[Finding]:

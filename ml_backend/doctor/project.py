@@ -10,8 +10,9 @@ from ml_backend.detection.decoding import UndecodableImage
 from ml_backend.detection.device import DeviceError, resolve_device
 from ml_backend.detection.presets import preset_named
 from ml_backend.doctor.finding import Examined, Finding, found
-from ml_backend.label_studio.client import GUARD, Forbidden, LabelStudioClient, LabelStudioError
+from ml_backend.label_studio.client import LabelStudioClient
 from ml_backend.label_studio.controls.base import Control
+from ml_backend.label_studio.errors import GUARD, Forbidden, LabelStudioError
 from ml_backend.label_studio.events import ProjectInfo
 from ml_backend.label_studio.images import ImageUnavailable
 from ml_backend.label_studio.label_config import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ml_backend.jobs.outcomes import JobEnded, Refused, RetryLater
-from ml_backend.label_studio.client import Forbidden, LabelStudioError, NotFound, Passing
+from ml_backend.label_studio.errors import Forbidden, LabelStudioError, NotFound, Passing
 from ml_backend.reasons import Code, reason
 
 _REJECTED = 30.0

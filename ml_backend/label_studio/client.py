@@ -8,16 +8,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ml_backend.label_studio.errors import (
-    GUARD,
     BadAnswer,
-    Failed,
-    Forbidden,
-    LabelStudioError,
     NotFound,
     Passing,
     Rejected,
-    Unauthorized,
-    Unreachable,
 )
 from ml_backend.label_studio.events import (
     InvalidEvent,
@@ -27,20 +21,6 @@ from ml_backend.label_studio.events import (
     read_project,
 )
 from ml_backend.label_studio.transport import Timeout, Transport
-
-__all__ = [
-    "GUARD",
-    "BadAnswer",
-    "Failed",
-    "Forbidden",
-    "LabelStudioClient",
-    "LabelStudioError",
-    "NotFound",
-    "Passing",
-    "Rejected",
-    "Unauthorized",
-    "Unreachable",
-]
 
 _QUICK_TIMEOUT: Timeout = (3.05, 20)
 """For requests made while Label Studio waits for predictions, which takes at most 100 s."""

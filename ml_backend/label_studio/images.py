@@ -19,9 +19,10 @@ from urllib3.exceptions import HTTPError, LocationParseError
 from urllib3.util import parse_url
 
 from ml_backend.label_studio.addresses import AddressRefused, Guard, origin_of
-from ml_backend.label_studio.client import LabelStudioClient, LabelStudioError
+from ml_backend.label_studio.client import LabelStudioClient
 from ml_backend.label_studio.connections import DeadlineAdapter
 from ml_backend.label_studio.disk_cache import DiskCache
+from ml_backend.label_studio.errors import LabelStudioError
 from ml_backend.label_studio.transport import without_netrc
 
 REDIRECTS = 5

@@ -14,8 +14,9 @@ from collections.abc import Callable
 
 from sqlalchemy import update
 
-from ml_backend.label_studio.client import LabelStudioClient, LabelStudioError, NotFound
+from ml_backend.label_studio.client import LabelStudioClient
 from ml_backend.label_studio.disk_cache import DiskCache
+from ml_backend.label_studio.errors import LabelStudioError, NotFound
 from ml_backend.label_studio.images import ImageSource
 from ml_backend.projects.connectivity import Connectivity
 from ml_backend.settings import Settings

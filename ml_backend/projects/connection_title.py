@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 
-from ml_backend.label_studio.client import LabelStudioError, NotFound
+from ml_backend.label_studio.errors import LabelStudioError, NotFound
 from ml_backend.projects.clients import Clients
 from ml_backend.projects.connect import connection_fields, has_credentials, own_connections
 from ml_backend.settings import Settings

@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.exc import DatabaseError
 
-from ml_backend.label_studio.client import Passing
+from ml_backend.label_studio.errors import Passing
 from ml_backend.store.database import Database, is_outside
 from ml_backend.store.tables import Contact, now
 

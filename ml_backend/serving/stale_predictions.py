@@ -13,7 +13,8 @@ from sqlalchemy.orm import Session
 from ml_backend.jobs.outcomes import Done
 from ml_backend.jobs.payloads import AutolabelCheckpoint, StalePayload
 from ml_backend.jobs.reports import Reporter
-from ml_backend.label_studio.client import LabelStudioClient, NotFound
+from ml_backend.label_studio.client import LabelStudioClient
+from ml_backend.label_studio.errors import NotFound
 from ml_backend.projects.clients import Clients
 from ml_backend.reasons import Code, reason
 from ml_backend.store.database import Database

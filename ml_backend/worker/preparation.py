@@ -7,7 +7,7 @@ import logging
 from ml_backend.audits.audits import Audits
 from ml_backend.jobs.jobs import Jobs
 from ml_backend.jobs.outcomes import RetryLater
-from ml_backend.label_studio.client import LabelStudioError, Passing
+from ml_backend.label_studio.errors import LabelStudioError, Passing
 from ml_backend.projects.clients import Clients
 from ml_backend.projects.ingest import Ingest
 from ml_backend.projects.reconcile import reconcile
