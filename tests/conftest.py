@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import requests
 from filelock import FileLock
@@ -35,6 +36,7 @@ from ml_backend.reasons import Code, reason
 from ml_backend.settings import load_settings
 from ml_backend.store.database import Database
 from ml_backend.training.promotion import Verdict, Versions
+from tests.job_loop import Loop
 from tests.postgresql import PostgreSQL, running_postgresql
 
 ROOT = Path(__file__).parents[1]
@@ -159,6 +161,14 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return load_settings({"DATABASE_URL": server.url}).database
 
 
+@pytest.fixture
+def loop(database_url: str, tmp_path: Path) -> Iterator[Loop]:
+    """Make a project and its jobs, without a quiet time, on each kind of database."""
+    loop = Loop(database_url, tmp_path)
+    yield loop
+    loop.close()
+
+
 def ask(
     server: LabelStudioServer, method: str, path: str, body: object = None, **params: str
 ) -> Any:
@@ -230,6 +240,15 @@ class RunningBackend:
         """The process id of `ml-backend serve`."""
         assert self._process is not None
         return self._process.pid
+
+    def job_processes(self, kind: str) -> list[psutil.Process]:
+        """Find the processes of a kind of job, without the readers that a training forks."""
+        found = {
+            child.pid: child
+            for child in psutil.Process(self.pid).children(recursive=True)
+            if {"ml_backend.programs.job", kind} <= set(child.cmdline())
+        }
+        return [child for child in found.values() if child.ppid() not in found]
 
     def start(self) -> None:
         """Start the backend and wait until it answers."""

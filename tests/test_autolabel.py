@@ -159,15 +159,6 @@ def _detector() -> Detector:
     return detector
 
 
-def _processes(backend: RunningBackend) -> list[psutil.Process]:
-    """Return the processes that auto-label for a backend."""
-    return [
-        child
-        for child in psutil.Process(backend.pid).children(recursive=True)
-        if {"ml_backend.programs.job", "autolabel"} <= set(child.cmdline())
-    ]
-
-
 def test_autolabel_killed_half_way_goes_on_and_doubles_nothing(
     label_studio: LabelStudioServer, tmp_path: Path
 ) -> None:
@@ -181,12 +172,14 @@ def test_autolabel_killed_half_way_goes_on_and_doubles_nothing(
         # The promotion starts auto-labelling.
         first = site.wait_until_part_done()
         assert first.trigger == "promotion"
-        (process,) = _processes(backend)
+        (process,) = backend.job_processes("autolabel")
         assert process.nice() == 19
         process.kill()
         wait_for(lambda: site.jobs()[0].state == "queued", within=20, what="it is put back")
         site.start_now(first)
-        wait_for(lambda: _processes(backend), within=180, what="it goes on", every=0.02)
+        wait_for(
+            lambda: backend.job_processes("autolabel"), within=180, what="it goes on", every=0.02
+        )
         # Kill the whole backend with all of its processes.
         family = psutil.Process(backend.pid).children(recursive=True)
         for member in [psutil.Process(backend.pid), *family]:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from torchvision.models.detection import FasterRCNN_MobileNet_V3_Large_320_FPN_Weights
@@ -95,14 +94,6 @@ def running(label_studio: LabelStudioServer, tmp_path: Path) -> Iterator[Running
     backend.stop()
 
 
-def _process(backend: RunningBackend) -> psutil.Process | None:
-    """Return the process that predicts for a backend, if there is one."""
-    for child in psutil.Process(backend.pid).children(recursive=True):
-        if {"ml_backend.programs.job", "predict"} <= set(child.cmdline()):
-            return child
-    return None
-
-
 def test_deferred_predictions_process_killed_goes_on_after_its_checkpoint(
     label_studio: LabelStudioServer, running: RunningBackend
 ) -> None:
@@ -114,8 +105,7 @@ def test_deferred_predictions_process_killed_goes_on_after_its_checkpoint(
     number = site.defer()
     running.start()
     wait_for(lambda: site.job(number).progress, within=120, what="some are done", every=0.02)
-    process = _process(running)
-    assert process is not None
+    (process,) = running.job_processes("predict")
     process.suspend()
     assert process.nice() == 19
     # A task that takes long does not let the job count as abandoned.

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import requests
 
@@ -177,16 +176,6 @@ def wait_for_autolabel(backend: RunningBackend, version: str) -> None:
         )
 
     wait_for(labelled, within=180, what=f"auto-labelling with {version} ends", every=2)
-
-
-def training_processes(backend: RunningBackend) -> list[psutil.Process]:
-    """Return a backend's processes that train, without the workers that they fork to read."""
-    found = {
-        child.pid: child
-        for child in psutil.Process(backend.pid).children(recursive=True)
-        if {"ml_backend.programs.job", "train"} <= set(child.cmdline())
-    }
-    return [child for child in found.values() if child.ppid() not in found]
 
 
 def shown_version(site: Site, task: int, version: str) -> bool:
@@ -402,11 +391,11 @@ def test_training_killed_is_tried_again_while_the_server_answers(
     backend.settings["ML_BACKEND_TRAIN_BUDGET"] = "20"
     backend.start()
     asked = backend.json("train", "--project", str(site.project))
-    (process,) = wait_for(lambda: training_processes(backend), within=60, what="a training runs")
+    (process,) = wait_for(lambda: backend.job_processes("train"), within=60, what="a training runs")
     process.kill()
     assert backend.get("/health").ok
     assert wait_for(
-        lambda: "attempt 2" in trainings(backend)[0]["reason"] or training_processes(backend),
+        lambda: "attempt 2" in trainings(backend)[0]["reason"] or backend.job_processes("train"),
         within=60,
         what="the job is tried again",
     )

@@ -24,14 +24,6 @@ WHY = reason(Code.TRAINING, epoch=3, loss=0.5)
 ENDED = reason(Code.PLAIN, text="so it ended")
 
 
-@pytest.fixture
-def loop(database_url: str, tmp_path: Path) -> Iterator[Loop]:
-    """A loop without a quiet time."""
-    loop = Loop(database_url, tmp_path)
-    yield loop
-    loop.close()
-
-
 def _progress(fraction: float) -> Progress:
     return Progress(fraction=fraction, reason=WHY.as_dict())
 

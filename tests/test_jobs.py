@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,14 +20,6 @@ from tests.job_loop import CRASHED, Loop, state_of, tried_again
 ENDS = [JobState.DONE, JobState.REFUSED, JobState.FAILED]
 LOST = reason(Code.WORKER_LOST)
 ENDED = reason(Code.PLAIN, text="so it ended")
-
-
-@pytest.fixture
-def loop(database_url: str, tmp_path: Path) -> Iterator[Loop]:
-    """A loop without a quiet time."""
-    loop = Loop(database_url, tmp_path)
-    yield loop
-    loop.close()
 
 
 # Claims.

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,14 +17,6 @@ from ml_backend.wording import words
 from tests.job_loop import Entry, Loop
 
 ENDED = reason(Code.PLAIN, text="so it ended")
-
-
-@pytest.fixture
-def loop(database_url: str, tmp_path: Path) -> Iterator[Loop]:
-    """A loop without a quiet time."""
-    loop = Loop(database_url, tmp_path)
-    yield loop
-    loop.close()
 
 
 # Tasks that a request for predictions did not finish.

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
@@ -24,14 +22,6 @@ PREDICTIONS = re.compile(
 """A counter of `/metrics`: its name, the kind of the jobs, and the number."""
 ENDS = [JobState.DONE, JobState.REFUSED, JobState.FAILED]
 ENDED = reason(Code.PLAIN, text="so it ended")
-
-
-@pytest.fixture
-def loop(database_url: str, tmp_path: Path) -> Iterator[Loop]:
-    """Make a project and its jobs, without a quiet time."""
-    loop = Loop(database_url, tmp_path)
-    yield loop
-    loop.close()
 
 
 def test_finish_of_shards_moves_their_parent_on_and_queues_it_after_the_last(loop: Loop) -> None:

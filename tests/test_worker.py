@@ -30,16 +30,6 @@ def _annotate(backend: RunningBackend, number: int, image: ShapeImage) -> None:
     assert backend.post("/webhook", body).ok
 
 
-def _trainings(backend: RunningBackend) -> list[psutil.Process]:
-    """Find the processes of trainings, without the workers that they fork to read images."""
-    found = {
-        child.pid: child
-        for child in psutil.Process(backend.pid).children(recursive=True)
-        if {"ml_backend.programs.job", "train"} <= set(child.cmdline())
-    }
-    return [child for child in found.values() if child.ppid() not in found]
-
-
 def _training(seen: Backend) -> Job:
     with seen.database.reading() as session:
         return session.scalars(select(Job).where(Job.kind == JobKind.TRAIN)).one()
@@ -58,7 +48,9 @@ def test_worker_told_to_stop_puts_its_training_back_without_costing_an_attempt(
         _annotate(backend, number, image)
     assert backend.post("/webhook", capture("POST_webhook_START_TRAINING")).ok
     for signum in (signal.SIGTERM, signal.SIGINT):
-        (process,) = wait_for(lambda: _trainings(backend), within=20, what="a training runs")
+        (process,) = wait_for(
+            lambda: backend.job_processes("train"), within=20, what="a training runs"
+        )
         assert (job().state, job().attempt) == (JobState.RUNNING, 1)
         psutil.Process(backend.pid).send_signal(signum)
         # Docker, for one, has no more patience than that.
@@ -97,7 +89,7 @@ def test_worker_database_locked_for_longer_than_a_write_waits_ends_no_training(
     for number, image in enumerate(generate(8, seed=32, width=96, height=72), 1):
         _annotate(backend, number, image)
     assert backend.post("/webhook", capture("POST_webhook_START_TRAINING")).ok
-    (process,) = wait_for(lambda: _trainings(backend), within=60, what="a training runs")
+    (process,) = wait_for(lambda: backend.job_processes("train"), within=60, what="a training runs")
     assert _training(seen).state == JobState.RUNNING
     file = backend.model_dir / "ml-backend.db"
     with closing(sqlite3.connect(file, isolation_level=None, timeout=30)) as other:
