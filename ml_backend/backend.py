@@ -23,7 +23,6 @@ from ml_backend.store.database import Database, SchemaError
 from ml_backend.store.open_artefacts import open_artefact_store
 from ml_backend.store.tables import Job
 from ml_backend.training.promotion import Versions
-from ml_backend.worker.engine import QueueEngine
 from ml_backend.worker.housekeeping import Housekeeping
 from ml_backend.worker.job_run import JobRun
 from ml_backend.worker.preparation import Preparation
@@ -34,13 +33,14 @@ if TYPE_CHECKING:
     from ml_backend.serving.job_parts import PredictionParts
     from ml_backend.serving.model_cache import ModelCache
     from ml_backend.serving.predictions import Serving
+    from ml_backend.worker.engine import QueueEngine
 
 
 class Backend:
     """The parts of a running backend, each made when it is first needed.
 
-    Server, worker, training process and command line are made of the same parts; torch, which
-    takes seconds to import, is imported only by those that use it.
+    Server, worker, training process and command line are made of the same parts; torch and the
+    queue's engine, which take long to import, are imported only by those that use them.
 
     Args:
         settings: what the admin set.
@@ -178,6 +178,8 @@ class Backend:
 
     def worker(self) -> Worker:
         """A worker on this backend's queue."""
+        from ml_backend.worker.engine import QueueEngine
+
         return Worker(
             self.settings,
             self.jobs,

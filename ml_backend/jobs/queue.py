@@ -7,17 +7,19 @@ once, and starts again what a worker that died had begun when that worker comes 
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
 
-from dbos import DBOSClient, EnqueueOptions
 from sqlalchemy.orm import Session
 
 from ml_backend.store.database import QUEUE_SCHEMA, Database
 from ml_backend.store.states import JobKind
 from ml_backend.store.tables import Job
+
+if TYPE_CHECKING:
+    from dbos import DBOSClient, EnqueueOptions
 
 APPLICATION = "ml-backend"
 PROTOCOL = "1"
@@ -45,6 +47,7 @@ class Queue:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._client: DBOSClient | None = None
 
     def put(self, session: Session, job: Job, *, wait: float = 0.0) -> None:
         """Puts a job into the queue, as part of the session's transaction.
@@ -66,7 +69,7 @@ class Queue:
         }
         if wait > 0:
             options["delay_seconds"] = wait
-        self._client.enqueue_in_transaction(session, options, job.id, job.run)
+        self.open().enqueue_in_transaction(session, options, job.id, job.run)
 
     def lost(self, entries: Collection[str]) -> set[str]:
         """Finds the entries that start nothing any more.
@@ -79,7 +82,7 @@ class Queue:
         """
         if not entries:
             return set()
-        found = self._client.list_workflows(
+        found = self.open().list_workflows(
             workflow_ids=list(entries), load_input=False, load_output=False
         )
         latest = (time.time() - _LOST_AFTER) * 1000
@@ -91,15 +94,23 @@ class Queue:
         }
         return set(entries) - alive
 
-    @functools.cached_property
-    def _client(self) -> DBOSClient:
-        logging.getLogger("dbos").setLevel(logging.ERROR)
-        return DBOSClient(
-            system_database_engine=self._database.engine,
-            dbos_system_schema=QUEUE_SCHEMA,
-            application_name=APPLICATION,
-            lazy=True,
-        )
+    def open(self) -> DBOSClient:
+        """Opens the client of the queue's engine, at the first call.
+
+        Most commands and the processes of jobs put nothing into the queue: DBOS takes half a second
+        to import.
+        """
+        if self._client is None:
+            from dbos import DBOSClient
+
+            logging.getLogger("dbos").setLevel(logging.ERROR)
+            self._client = DBOSClient(
+                system_database_engine=self._database.engine,
+                dbos_system_schema=QUEUE_SCHEMA,
+                application_name=APPLICATION,
+                lazy=True,
+            )
+        return self._client
 
 
 def entry_id(job_id: int, run: int) -> str:

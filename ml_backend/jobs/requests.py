@@ -49,6 +49,8 @@ class Requests:
         self._database = database
         self._queue = queue
         self._settings = settings
+        # Later it would happen in a transaction, while others wait to write.
+        queue.open()
 
     def training(
         self,

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import DatabaseError
 
@@ -21,11 +22,13 @@ from ml_backend.settings import Settings
 from ml_backend.store.database import is_outside
 from ml_backend.store.tables import Job
 from ml_backend.worker.devices import own_device
-from ml_backend.worker.engine import QueueEngine
 from ml_backend.worker.housekeeping import Housekeeping
 from ml_backend.worker.job_run import JobRun
 from ml_backend.worker.preparation import Preparation
 from ml_backend.worker.supervisor import HEARTBEAT, supervise
+
+if TYPE_CHECKING:
+    from ml_backend.worker.engine import QueueEngine
 
 _log = logging.getLogger(__name__)
 
