@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ml_backend.audits.audits import Audits
 from ml_backend.jobs.jobs import Jobs
+from ml_backend.jobs.live_heads import LiveHeadRequests
 from ml_backend.jobs.queue import Queue
 from ml_backend.jobs.reports import Reporter
 from ml_backend.jobs.requests import Requests
@@ -115,6 +116,11 @@ class Backend:
         return Requests(self.database, self.queue, self.settings)
 
     @functools.cached_property
+    def live_heads(self) -> LiveHeadRequests:
+        """Asks for live heads."""
+        return LiveHeadRequests(self.database, self.queue, self.settings)
+
+    @functools.cached_property
     def versions(self) -> Versions:
         """Model versions, and which is live."""
         return Versions(self.database, self.artefacts)
@@ -196,6 +202,7 @@ class Backend:
             self.database,
             self.jobs,
             self.requests,
+            self.live_heads,
             self.ingest,
             self.label_studios,
             self.connection_title,

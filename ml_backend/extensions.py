@@ -136,6 +136,7 @@ PRESETS = Registry(
     "preset",
     "ml_backend.presets",
     {
+        "lite": "ml_backend.detection.presets.lite:PRESET",
         "tiny": "ml_backend.detection.presets.tiny:PRESET",
         "small": "ml_backend.detection.presets.small:PRESET",
         "accurate": "ml_backend.detection.presets.accurate:PRESET",

@@ -23,6 +23,7 @@ class Code(StrEnum):
     ENOUGH_CHANGES = "jobs.enough_changes"
     ASKED_FOR = "jobs.asked_for"
     TRAINING_RUNS = "jobs.training_runs"
+    ANNOTATIONS_CHANGED = "jobs.annotations_changed"
 
     # Why predictions are made or removed.
     ASKED_FOR_WITH_VERSION = "jobs.asked_for_with_version"
@@ -67,18 +68,22 @@ class Code(StrEnum):
     TOO_FEW_IMAGES = "training.too_few_images"
     ONE_TASK_ONLY = "training.one_task_only"
     NO_BOXES = "training.no_boxes"
+    TRAINED_IS_LIVE = "training.trained_is_live"
 
     # Whether a version goes live.
     FIRST_VERSION = "versions.first_version"
     FIRST_VERSION_WEAK = "versions.first_version_weak"
     NOT_WORSE = "versions.not_worse"
     WORSE = "versions.worse"
+    WORSE_THAN_LIVE_HEAD = "versions.worse_than_live_head"
+    BEHIND_BEST = "versions.behind_best"
     LABEL_FALLS = "versions.label_falls"
     FINDS_NEW_LABEL = "versions.finds_new_label"
     OVERTAKEN = "versions.overtaken"
     PROMOTED_ON_REQUEST = "versions.promoted_on_request"
     ROLLED_BACK_FROM = "versions.rolled_back_from"
     ROLLED_BACK_TO = "versions.rolled_back_to"
+    AUDITED_WORSE = "versions.audited_worse"
 
     # What auto-labelling and its like came to.
     NO_TOKEN = "predictions.no_token"  # noqa: S105

@@ -87,6 +87,7 @@ class Settings(BaseSettings):
     image_cache_bytes: int = _named("ML_BACKEND_IMAGE_CACHE_BYTES", 2 * 2**30, ge=0)
 
     # Learning
+    live_min: int = _named("ML_BACKEND_LIVE_MIN", 3, ge=0)
     train_every: int = _named("ML_BACKEND_TRAIN_EVERY", 10, ge=1)
     train_growth: float = _named("ML_BACKEND_TRAIN_GROWTH", 0.25, ge=0)
     train_min: int = _named("ML_BACKEND_TRAIN_MIN", 10, ge=2)
@@ -268,6 +269,11 @@ class Settings(BaseSettings):
             "could use this backend: set BASIC_AUTH_USER and BASIC_AUTH_PASS, or say that this is "
             "meant with ML_BACKEND_ALLOW_OPEN=true"
         )
+
+    @property
+    def makes_live_heads(self) -> bool:
+        """Whether heads are fitted to the first annotations: they need pretrained weights."""
+        return self.live_min > 0 and self.weights != "none"
 
     @property
     def predicts_at_a_time(self) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ml_backend.detection.architectures.fcos_shufflenet import fcos_shufflenet
+from ml_backend.detection.architectures.fcos import fcos_shufflenet
 from ml_backend.detection.architectures.torchvision import TorchvisionDetector
 from ml_backend.detection.presets.tiny import PRESET as TINY
 

@@ -22,7 +22,7 @@ from ml_backend.detection.architectures.faster_rcnn import (
     faster_rcnn_mobilenet,
     faster_rcnn_resnet50,
 )
-from ml_backend.detection.architectures.fcos_shufflenet import fcos_shufflenet
+from ml_backend.detection.architectures.fcos import fcos_shufflenet
 from ml_backend.detection.architectures.torchvision import TorchvisionDetector
 from ml_backend.detection.detector import Detector
 from ml_backend.detection.presets import Preset, preset_named

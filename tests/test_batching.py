@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from ml_backend.demo.shapes import generate
-from ml_backend.detection.architectures.fcos_shufflenet import fcos_shufflenet
+from ml_backend.detection.architectures.fcos import fcos_shufflenet
 from ml_backend.detection.architectures.torchvision import TorchvisionDetector
 from ml_backend.detection.detector import Detector
 from ml_backend.detection.presets.tiny import PRESET as TINY

@@ -16,7 +16,7 @@ from torch import nn
 
 from ml_backend.demo.shapes import generate
 from ml_backend.detection.architectures.base import Target, WeightsError
-from ml_backend.detection.architectures.fcos_shufflenet import fcos_shufflenet
+from ml_backend.detection.architectures.fcos import fcos_shufflenet
 from ml_backend.detection.architectures.torchvision import TorchvisionDetector
 from ml_backend.detection.detector import CorruptDetector, Detector
 from ml_backend.detection.device import DeviceError, resolve_device

@@ -101,10 +101,10 @@ def test_migrate_jobs_keep_what_was_asked_for_and_how_far_they_were(migrated: Da
     assert {kind: (job.payload, job.checkpoint) for kind, job in jobs.items()} == expected
 
 
-def test_recover_job_that_an_earlier_release_queued_is_put_into_the_queue(
+def test_requeue_lost_job_that_an_earlier_release_queued_is_put_into_the_queue(
     migrated: Database,
 ) -> None:
-    Jobs(migrated, Queue(migrated)).recover()
+    Jobs(migrated, Queue(migrated)).requeue_lost()
     job = _jobs(migrated)[JobKind.AUTOLABEL]
     assert (job.state, job.run) == (JobState.QUEUED, 1)
     table = "workflow_status" if migrated.is_sqlite else "dbos.workflow_status"

@@ -18,7 +18,8 @@ from ml_backend.detection.types import Detections, Sample
 from ml_backend.settings import load_settings
 from ml_backend.training import trainer as module
 from ml_backend.training.dataset import Dataset
-from ml_backend.training.trainer import Live, Trainer, TrainingOutcome
+from ml_backend.training.outcome import Live, TrainingOutcome
+from ml_backend.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 LABELS = SHAPES[:3]
@@ -130,7 +131,9 @@ def test_fit_label_new_to_live_version_is_left_out_of_the_comparison(
         s.key: Detections(s.boxes, np.full(len(s.labels), 0.9, np.float32), s.labels)
         for s in dataset.samples
     }
-    monkeypatch.setattr(Trainer, "_of_live", lambda *_: [perfect[s.key] for s in dataset.samples])
+    monkeypatch.setattr(
+        Trainer, "_of_live", lambda _, live, samples, labels: [perfect[s.key] for s in samples]
+    )
     comparison = _fit(tmp_path, dataset, live).comparison
     assert comparison is not None
     deltas = [comparison.per_class[label].delta for label in LABELS[:2]]

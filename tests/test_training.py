@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ml_backend.demo.shapes import SHAPES, generate
-from ml_backend.detection.architectures.fcos_shufflenet import fcos_shufflenet
+from ml_backend.detection.architectures.fcos import fcos_shufflenet
 from ml_backend.detection.architectures.torchvision import TorchvisionDetector
 from ml_backend.detection.decoding import decode_image
 from ml_backend.detection.detector import Detector
@@ -111,22 +111,9 @@ def test_train_budget_shorter_than_the_steps_ends_by_budget(tmp_path: Path) -> N
     assert result.stopped == "budget"
 
 
-def test_train_validation_samples_keep_the_best_weights_on_them(tmp_path: Path) -> None:
-    samples = _samples(tmp_path, 12)
-    result = _train(samples[:8], validation=samples[8:])
-    assert len(result.history) >= 4
-    best = max(quality for _, quality in result.history)
-    assert best > result.history[0][1]
-    assert _quality(result.detector, samples[8:]) == pytest.approx(best, abs=1e-6)
-
-
-def test_train_validation_that_never_improves_ends_early(tmp_path: Path) -> None:
-    samples = _samples(tmp_path, 4)
-    # On images without boxes the AP50 stays 0, so that no evaluation beats the first.
-    empty = [replace(s, boxes=s.boxes[:0], labels=s.labels[:0]) for s in samples]
-    result = _train(samples, replace(SMALL, steps=40), validation=empty)
-    assert result.stopped == "early stop"
-    assert result.steps < 40
+def test_train_step_share_takes_that_share_of_the_planned_steps(tmp_path: Path) -> None:
+    result = _train(_samples(tmp_path, 3), replace(SMALL, steps=8), step_share=0.5)
+    assert (result.steps, result.planned, result.stopped) == (4, 8, "finished")
 
 
 def test_train_undecodable_images_are_left_out(tmp_path: Path) -> None:
@@ -139,14 +126,14 @@ def test_train_undecodable_images_are_left_out(tmp_path: Path) -> None:
         _train([bad])
 
 
-def test_train_images_up_to_max_pixels_are_learned_and_measured(
+def test_train_images_up_to_max_pixels_are_learned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     samples = _samples(tmp_path, 3)
     # Without the setting, the limit is 100 pixels here.
     monkeypatch.setattr(decode_image, "__kwdefaults__", {"max_pixels": 100})
     short = replace(SMALL, steps=2)
-    assert _train(samples, short, validation=samples, max_pixels=128 * 96).history
+    assert _train(samples, short, max_pixels=128 * 96).steps == 2
     with pytest.raises(NothingToLearn):
         _train(samples, short, max_pixels=128 * 96 - 1)
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from ml_backend.backend import Backend
 from ml_backend.demo.shapes import SHAPES, generate
-from ml_backend.detection.architectures.fcos_shufflenet import fcos_shufflenet
+from ml_backend.detection.architectures.fcos import fcos_shufflenet
 from ml_backend.detection.architectures.torchvision import TorchvisionDetector
 from ml_backend.detection.decoding import decode_image
 from ml_backend.detection.presets.tiny import PRESET as TINY

@@ -91,6 +91,33 @@ def assess(
         learned: labels that were trained on; the others get no threshold, and are never shown.
         costs: seconds of human work, which thresholds minimise.
     """
+    found = calibrated_across(predictions, samples, labels, parts)
+    cheapest = cheapest_thresholds(found, samples, labels, costs)
+    return Assessment(
+        samples=tuple(samples),
+        labels=tuple(labels),
+        predictions=found,
+        calibration=fit_calibration(predictions, samples, labels),
+        thresholds={label: t for label, t in cheapest.items() if label in learned},
+        evaluation=evaluate(found, samples, labels),
+        interval=bootstrap_interval(found, samples, labels, seed=0),
+    )
+
+
+def calibrated_across(
+    predictions: Sequence[Detections],
+    samples: Sequence[Sample],
+    labels: Sequence[str],
+    parts: Sequence[Collection[str]],
+) -> list[Detections]:
+    """Calibrates each part of the samples by curves that were fitted to the others.
+
+    Args:
+        predictions: for each sample the uncalibrated detections, with the size of the image.
+        samples: the samples.
+        labels: label names.
+        parts: keys of the samples of each part; a single one is calibrated by itself.
+    """
     calibrated: dict[str, Detections] = {}
     for part in parts:
         others = [
@@ -102,14 +129,4 @@ def assess(
         for sample, prediction in zip(samples, predictions, strict=True):
             if sample.key in part:
                 calibrated[sample.key] = calibrate(prediction, labels, curves)
-    found = [calibrated[sample.key] for sample in samples]
-    cheapest = cheapest_thresholds(found, samples, labels, costs)
-    return Assessment(
-        samples=tuple(samples),
-        labels=tuple(labels),
-        predictions=found,
-        calibration=fit_calibration(predictions, samples, labels),
-        thresholds={label: t for label, t in cheapest.items() if label in learned},
-        evaluation=evaluate(found, samples, labels),
-        interval=bootstrap_interval(found, samples, labels, seed=0),
-    )
+    return [calibrated[sample.key] for sample in samples]

@@ -41,8 +41,7 @@ class Embeddings:
             right = -(-own_width * row.shape[-1] // width)
             # Without the padding, which depends on the other images of the batch.
             pooled.append(row[:, :down, :right].mean(dim=(1, 2)))
-        rows = torch.stack(pooled).cpu() @ _projection(features.shape[1])
-        self.rows = list(nn.functional.normalize(rows, dim=1).numpy())
+        self.rows = list(projected(torch.stack(pooled)))
 
 
 @contextmanager
@@ -63,6 +62,20 @@ def embeddings_of(
     finally:
         if hook is not None:
             hook.remove()
+
+
+def projected(pooled: Tensor) -> FloatArray:
+    """Makes embeddings of pooled features.
+
+    Args:
+        pooled: float32 `[B, C]`, means over an image's cells.
+
+    Returns:
+        float32 `[B, DIMENSIONS]`, unit length.
+    """
+    rows = pooled.cpu() @ _projection(pooled.shape[1])
+    embeddings: FloatArray = nn.functional.normalize(rows, dim=1).numpy()
+    return embeddings
 
 
 def _projection(channels: int) -> Tensor:

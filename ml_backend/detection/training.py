@@ -8,19 +8,18 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from ml_backend.detection.augment import Augmentation, Example
 from ml_backend.detection.decoding import MAX_PIXELS, UndecodableImage, image_size
-from ml_backend.detection.detector import Detector, Prepared
+from ml_backend.detection.detector import Detector
 from ml_backend.detection.device import has_fast_bfloat16
-from ml_backend.detection.evaluation import evaluate
 from ml_backend.detection.loading import (
     AugmentedImages,
     CachedImages,
@@ -28,10 +27,8 @@ from ml_backend.detection.loading import (
     cache_capacity,
     loading_workers,
     read_example,
-    read_prepared,
     training_batches,
 )
-from ml_backend.detection.prediction import predict_images
 from ml_backend.detection.presets import Preset
 from ml_backend.detection.schedule import Schedule, adam, moving_average, steps_for
 from ml_backend.detection.thread_parallel import ThreadDataParallel, threads_inside
@@ -40,15 +37,9 @@ from ml_backend.reasons import Code, Reason, reason
 
 _log = logging.getLogger(__name__)
 
-EVALUATIONS = 10
-"""Times that a training measures its validation samples."""
-PATIENCE = 4
-"""Evaluations without a better result after which a training ends, once half of it is done."""
 STATISTICS_OF = 4
 """Images that a batch normalisation needs to see together, where it learns its statistics."""
 _GRADIENT_NORM = 5.0
-_VALIDATION_SHARE = 0.2
-"""Share of the memory for decoded images that validation images take."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -84,22 +75,22 @@ class TrainingResult:
     """The result of a training.
 
     Attributes:
-        detector: with the best weights on the validation samples, or else the last.
+        detector: with the average of the last weights.
         epochs: passes over the samples.
-        steps: optimiser steps.
+        steps: optimiser steps,
+        planned: of so many.
         seconds: wall-clock time, with reading the images.
         batch_size: in the end; out of memory, it was halved.
         stopped: why it ended.
-        history: `(fraction, mean AP50)` on the validation samples.
     """
 
     detector: Detector
     epochs: float
     steps: int
+    planned: int
     seconds: float
     batch_size: int
-    stopped: Literal["finished", "budget", "early stop"]
-    history: tuple[tuple[float, float], ...] = field(default_factory=tuple)
+    stopped: Literal["finished", "budget"]
 
 
 def train(
@@ -107,12 +98,12 @@ def train(
     labels: Sequence[str],
     samples: Sequence[Sample],
     *,
-    validation: Sequence[Sample] = (),
     start: Detector | None = None,
     weights: str = "auto",
     device: torch.device,
     seed: int = 0,
     budget_seconds: float,
+    step_share: float = 1.0,
     threads: int | None = None,
     max_pixels: int = MAX_PIXELS,
     on_progress: OnProgress | None = None,
@@ -127,18 +118,16 @@ def train(
         preset: the preset to build.
         labels: label names; the samples' labels are indices into them.
         samples: to learn from.
-        validation: where given, the weights that do best on them are kept, and the training ends
-            early when they no longer improve.
         start: a detector of the preset to start from, shrunk and perturbed, instead of
         weights: the preset's: `auto`, `none` or a file.
         device: where to train.
         seed: of all random numbers.
-        budget_seconds: wall-clock seconds that the steps and evaluations may take. The budget
+        budget_seconds: wall-clock seconds that the steps may take. The budget
             begins with the first step, when its batch is loaded: reading images is not counted.
+        step_share: share of the usual number of steps to take, in `(0, 1]`.
         threads: CPU threads, all where not given.
         max_pixels: samples whose images are larger are left out.
-        on_progress: called after every image that is read, every step, and every batch that is
-            measured; may raise to stop.
+        on_progress: called after every image that is read, and every step; may raise to stop.
 
     Raises:
         NothingToLearn: no sample's image can be decoded.
@@ -154,8 +143,8 @@ def train(
         detector.shrink_and_perturb()
     threads = threads or torch.get_num_threads()
     tell = on_progress if on_progress is not None else _tell_nobody
-    data = _read(preset, samples, validation, device, threads, max_pixels, tell)
-    run = _Run(detector, data, seed, budget_seconds, threads, tell)
+    data = _read(preset, samples, device, threads, max_pixels, tell)
+    run = _Run(detector, data, seed, budget_seconds, step_share, threads, tell)
     try:
         with threads_inside(run.threads_inside):
             return _with_smaller_batches(run, began)
@@ -170,14 +159,12 @@ def _tell_nobody(progress: Progress) -> None:
 @dataclass(frozen=True, slots=True)
 class _Data:
     images: CachedImages[Example]
-    validation: CachedImages[Prepared]
     shape: tuple[float, float]
 
 
 def _read(
     preset: Preset,
     samples: Sequence[Sample],
-    validation: Sequence[Sample],
     device: torch.device,
     threads: int,
     max_pixels: int,
@@ -195,16 +182,10 @@ def _read(
             readable.append(sample)
             sizes.append(size)
         tell(Progress(0.0, 0.0, math.nan, reason(Code.READING_IMAGES, done=0, total=len(samples))))
-    capacity = cache_capacity()
     images = CachedImages(
         readable,
         functools.partial(read_example, longest=preset.longest_side, max_pixels=max_pixels),
-        capacity=int((1 - _VALIDATION_SHARE) * capacity),
-    )
-    held = CachedImages(
-        validation,
-        functools.partial(read_prepared, preset=preset, max_pixels=max_pixels),
-        capacity=int(_VALIDATION_SHARE * capacity),
+        capacity=cache_capacity(),
     )
 
     def on_read(done: int, total: int) -> None:
@@ -212,11 +193,10 @@ def _read(
 
     readers = max(threads, loading_workers(device, threads))
     images.fill(threads=readers, leave_out=True, on_read=on_read)
-    held.fill(threads=readers, leave_out=False, on_read=on_read)
     if not len(images):
         raise NothingToLearn(f"none of the {len(samples)} images can be decoded")
     width, height = np.median(np.array(sizes), axis=0).tolist()
-    return _Data(images, held, (height, width))
+    return _Data(images, (height, width))
 
 
 def _with_smaller_batches(run: _Run, began: float) -> TrainingResult:
@@ -242,6 +222,7 @@ class _Run:
         data: _Data,
         seed: int,
         budget: float,
+        step_share: float,
         threads: int,
         tell: OnProgress,
     ) -> None:
@@ -273,23 +254,21 @@ class _Run:
         self._average = AveragedModel(self._module, avg_fn=moving_average, use_buffers=True)
         self._optimizer = adam(self._module, preset, pretrained=self._pretrained)
         self._schedule = Schedule(self._optimizer)
-        # Evaluating, or making the last weights ready, comes after the last step.
-        self._stepping = budget * (0.9 if len(data.validation) else 0.97)
+        self._step_share = step_share
+        # Making the last weights ready comes after the last step.
+        self._stepping = budget * 0.97
         self._first_step_at: float | None = None
         self._step = 0
         self._seen = 0
         self._loss = math.nan
-        self._best: tuple[float, dict[str, Tensor]] | None = None
-        self._history: list[tuple[float, float]] = []
-        self._since_best = 0
 
     def go(self, began: float) -> TrainingResult:
         """Trains to the end; after a batch that was too large, from the step where it was."""
         images = self._data.images
-        steps = steps_for(self.detector.preset, len(images), pretrained=self._pretrained)
+        planned = steps_for(self.detector.preset, len(images), pretrained=self._pretrained)
+        steps = max(1, round(planned * self._step_share))
         first = self._step
-        stopped: Literal["finished", "budget", "early stop"] = "finished"
-        next_evaluation = 1 / EVALUATIONS
+        stopped: Literal["finished", "budget"] = "finished"
         batches = training_batches(
             self._images,
             EndlessBatches(len(images), self.batch_size, self._seed),
@@ -304,24 +283,16 @@ class _Run:
             self._learn(batch)
             stage = reason(Code.TRAINING, epoch=self._epoch, loss=self._loss)
             self._report(fraction, stage)
-            if len(self._data.validation) and fraction >= next_evaluation:
-                next_evaluation = fraction + 1 / EVALUATIONS
-                self._evaluate(fraction)
-                if self._since_best >= PATIENCE and fraction > 0.5:
-                    stopped = "early stop"
-                    break
         batches.close()
-        if len(self._data.validation) and stopped != "early stop":
-            self._evaluate(1.0)
-        self.detector.module = self._finished()
+        self.detector.module = copy.deepcopy(self._average.module).eval()
         return TrainingResult(
             detector=self.detector,
             epochs=round(self._epoch, 2),
             steps=self._step,
+            planned=planned,
             seconds=time.monotonic() - began,
             batch_size=self.batch_size,
             stopped=stopped,
-            history=tuple(self._history),
         )
 
     def close(self) -> None:
@@ -355,31 +326,3 @@ class _Run:
 
     def _report(self, fraction: float, stage: Reason) -> None:
         self._tell(Progress(min(1.0, fraction), self._epoch, self._loss, stage))
-
-    def _evaluate(self, fraction: float) -> None:
-        """Measures the averaged weights on the validation samples, and keeps the best."""
-        judge = copy.copy(self.detector)
-        judge.module = self._averaged()
-
-        def tell(done: float) -> None:
-            self._report(fraction, reason(Code.MEASURING, stage="holdout", share=done))
-
-        with threads_inside(self._threads):
-            found = predict_images(judge, self._data.validation, on_progress=tell)
-        quality = evaluate(found, self._data.validation.samples, self.detector.labels).map50
-        self._history.append((round(fraction, 3), quality))
-        if self._best is None or quality > self._best[0]:
-            self._best = quality, copy.deepcopy(judge.module.state_dict())
-            self._since_best = 0
-        else:
-            self._since_best += 1
-
-    def _averaged(self) -> nn.Module:
-        module: nn.Module = copy.deepcopy(self._average.module)
-        return module.eval()
-
-    def _finished(self) -> nn.Module:
-        module = self._averaged()
-        if self._best is not None:
-            module.load_state_dict(self._best[1])
-        return module

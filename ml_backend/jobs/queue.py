@@ -30,6 +30,7 @@ _LOST_AFTER = 30.0
 _ALIVE = frozenset({"ENQUEUED", "DELAYED"})
 AT_ONCE: Mapping[JobKind, int] = {
     JobKind.TRAIN: 1,
+    JobKind.LIVE_HEAD: 1,
     JobKind.AUTOLABEL: 1,
     JobKind.AUTOLABEL_SHARD: 1,
     JobKind.PREDICT: 1,

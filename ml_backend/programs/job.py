@@ -69,7 +69,7 @@ def run(
         TakenOver: another run has the job.
     """
     try:
-        if job.kind == JobKind.TRAIN:
+        if job.kind in (JobKind.TRAIN, JobKind.LIVE_HEAD):
             return _train(backend, job, report, prepared.get("label_studio_fails"))
         return _RUNNERS[job.kind](backend, job, report)
     except JobEnded as ended:
@@ -93,7 +93,7 @@ def _train(backend: Backend, job: Job, report: Reporter, label_studio_fails: str
         report,
         label_studio_fails,
     )
-    return training.run(job.project_id)
+    return training.run(job.project_id, job.kind)
 
 
 def _autolabel(backend: Backend, job: Job, report: Reporter) -> Done:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -40,42 +41,16 @@ from ml_backend.jobs.schedule import Action, Situation, decide
 from ml_backend.reasons import Code, Reason, reason
 from ml_backend.settings import Settings
 from ml_backend.simulation.results import Campaign, OnProgress, OnRound, Round
+from ml_backend.simulation.state import State, Version
 from ml_backend.store.tables import now
 from ml_backend.training.dataset import Dataset
+from ml_backend.training.live_head import LiveHead
+from ml_backend.training.outcome import Live, TrainingOutcome, cost_model
 from ml_backend.training.split import Item, assign, fingerprint
-from ml_backend.training.trainer import Live, Trainer, TrainingOutcome, cost_model
+from ml_backend.training.trainer import Trainer
 
 ONE_ROUND_IMAGES = 55
 """Images that are labelled by hand before the only training of `Simulation.one_round`."""
-
-
-@dataclass(slots=True)
-class _Version:
-    """The live version, with its predictions and acquisition scores of the unlabelled images."""
-
-    live: Live
-    thresholds: dict[float, npt.NDArray[np.float64]]
-    found: dict[str, Detections]
-    scores: dict[int, float]
-
-
-@dataclass(slots=True)
-class _State:
-    """The state of a campaign that runs.
-
-    Attributes:
-        labelled: indices of the labelled images, in order.
-        items: the same images as `split.assign` takes them, by index.
-        trained_at: number of labelled images at the last training.
-        version: the live version.
-        rounds: the trainings until now.
-    """
-
-    labelled: list[int] = field(default_factory=list)
-    items: dict[int, Item] = field(default_factory=dict)
-    trained_at: int = 0
-    version: _Version | None = None
-    rounds: list[Round] = field(default_factory=list)
 
 
 class Simulation:
@@ -111,6 +86,8 @@ class Simulation:
         self._on_progress = on_progress
         self._on_round = on_round
         self._fingerprints: dict[int, str] = {}
+        self._folder = tempfile.TemporaryDirectory(prefix="simulation-")
+        self._features = Path(self._folder.name) / "features"
         self._embeddings: npt.NDArray[np.float32] | None = None
 
     def loop(
@@ -132,7 +109,7 @@ class Simulation:
         """
         first = self._first_order(strategy, seed)
 
-        def due(state: _State) -> bool:
+        def due(state: State) -> bool:
             annotated = len(state.labelled)
             decision = decide(
                 Situation(
@@ -150,38 +127,40 @@ class Simulation:
             )
             return decision.action is Action.START
 
-        def ask(state: _State) -> int:
+        def ask(state: State) -> int:
             if state.version is None:
                 return next(i for i in first if i not in state.items)
             scores = state.version.scores
             return min((i for i in scores if i not in state.items), key=lambda i: (scores[i], i))
 
-        return self._run(strategy, strategy, seed, ask, due, stop_after, late or {})
+        return self._run(strategy, strategy, seed, ask, due, stop_after, late or {}, is_loop=True)
 
     def one_round(self, seed: int, *, first: int = ONE_ROUND_IMAGES) -> Campaign:
         """Runs a campaign with one training, after `first` random images labelled by hand."""
         order = self._first_order("random", seed)
 
-        def due(state: _State) -> bool:
+        def due(state: State) -> bool:
             return state.trained_at == 0 and len(state.labelled) == first
 
-        def ask(state: _State) -> int:
+        def ask(state: State) -> int:
             return order[len(state.labelled)]
 
         name = f"one round after {first}"
-        return self._run(name, "random", seed, ask, due, None, {})
+        return self._run(name, "random", seed, ask, due, None, {}, is_loop=False)
 
     def _run(
         self,
         name: str,
         strategy: str,
         seed: int,
-        ask: Callable[[_State], int],
-        due: Callable[[_State], bool],
+        ask: Callable[[State], int],
+        due: Callable[[State], bool],
         stop_after: int | None,
         late: Mapping[str, int],
+        *,
+        is_loop: bool,
     ) -> Campaign:
-        state = _State()
+        state = State()
         total = min(stop_after or len(self._samples), len(self._samples))
         human: dict[float, list[float]] = {price: [0.0] for price in self._costs}
         hand: dict[float, list[float]] = {price: [0.0] for price in self._costs}
@@ -196,7 +175,11 @@ class Simulation:
             state.labelled.append(index)
             self._add_item(state, index, sample, labels)
             # A version that is trained on all images would have no image left to predict.
-            if len(state.labelled) < len(self._samples) and due(state):
+            if len(state.labelled) == len(self._samples):
+                break
+            if is_loop:
+                self._fit_live_head(state, labels, strategy, name, seed, total, late)
+            if due(state):
                 self._train(state, labels, strategy, name, seed, total, late)
         return Campaign(
             name,
@@ -209,7 +192,7 @@ class Simulation:
 
     def _train(
         self,
-        state: _State,
+        state: State,
         labels: tuple[str, ...],
         strategy: str,
         name: str,
@@ -218,26 +201,66 @@ class Simulation:
         late: Mapping[str, int],
     ) -> None:
         started = time.monotonic()
+        trainer = Trainer(self._settings, self._device, self._teller(state, total), self._features)
+        dataset = self._dataset(state, labels, late)
+        outcome = trainer.fit(dataset, state.version.live if state.version else None)
+        state.trained_at = len(state.labelled)
+        if outcome.verdict.promote:
+            state.version = self._go_live(outcome, state, strategy, name, seed)
+        self._end_round(state, outcome, labels, name, seed, started)
+
+    def _fit_live_head(
+        self,
+        state: State,
+        labels: tuple[str, ...],
+        strategy: str,
+        name: str,
+        seed: int,
+        total: int,
+        late: Mapping[str, int],
+    ) -> None:
+        """Fits a live head, as a live project does after each annotation of the first ones."""
+        is_early = state.version is None or state.version.live.is_live_head
+        done = len(state.labelled)
+        if not self._settings.makes_live_heads or done < self._settings.live_min or not is_early:
+            return
+        started = time.monotonic()
+        head = LiveHead(self._settings, self._device, self._teller(state, total), self._features)
+        dataset = self._dataset(state, labels, late)
+        if not any(len(sample.labels) for sample in dataset.samples):
+            return
+        outcome = head.fit(dataset, state.version.live if state.version else None)
+        if outcome.verdict.promote:
+            state.version = self._go_live(outcome, state, strategy, name, seed)
+        self._end_round(state, outcome, labels, name, seed, started)
+
+    def _teller(self, state: State, total: int) -> Callable[[float, Reason], None]:
         done = len(state.labelled)
 
         def tell(fraction: float, stage: Reason) -> None:
             why = reason(Code.CAMPAIGN_ROUND, images=done, stage=stage, share=fraction)
             self._on_progress(done / total, why)
 
-        dataset = self._dataset(state, labels, late)
-        trainer = Trainer(self._settings, self._device, tell)
-        outcome = trainer.fit(dataset, state.version.live if state.version else None)
-        state.trained_at = done
+        return tell
+
+    def _end_round(
+        self,
+        state: State,
+        outcome: TrainingOutcome,
+        labels: tuple[str, ...],
+        name: str,
+        seed: int,
+        started: float,
+    ) -> None:
+        """Measures what is live on the images that are not labelled, and tells of the round."""
         rest = [i for i in range(len(self._samples)) if i not in state.items]
-        if outcome.verdict.promote:
-            state.version = self._go_live(outcome, strategy, f"{name}:{seed}:{done}", rest)
         whole = [_with_labels(self._samples[i], self._labels, labels) for i in rest]
         quality = None
         if state.version is not None:
             found = [state.version.found[s.key] for s in whole]
             quality = evaluate(found, whole, labels)
         finished = Round(
-            images=done,
+            images=len(state.labelled),
             promoted=outcome.verdict.promote,
             reason=outcome.verdict.reason,
             map50=outcome.assessment.evaluation.map50,
@@ -252,9 +275,11 @@ class Simulation:
             self._on_round(name, seed, finished)
 
     def _go_live(
-        self, outcome: TrainingOutcome, strategy: str, name: str, rest: Sequence[int]
-    ) -> _Version:
+        self, outcome: TrainingOutcome, state: State, strategy: str, name: str, seed: int
+    ) -> Version:
         """Predicts and scores the unlabelled images, as auto-labelling does after a promotion."""
+        rest = [i for i in range(len(self._samples)) if i not in state.items]
+        name = f"{name}:{seed}:{len(state.labelled)}"
         detector = outcome.detector
         samples = [self._samples[i] for i in rest]
         found = predict_samples(detector, samples, max_pixels=self._settings.image_max_pixels)
@@ -282,10 +307,10 @@ class Simulation:
             for price, costs in self._costs.items()
         }
         live = Live(name, detector, outcome.out_of_fold)
-        return _Version(live, thresholds, found, dict(zip(rest, scores, strict=True)))
+        return Version(live, thresholds, found, dict(zip(rest, scores, strict=True)))
 
     def _shown(
-        self, version: _Version | None, index: int, labels: tuple[str, ...], price: float
+        self, version: Version | None, index: int, labels: tuple[str, ...], price: float
     ) -> Detections:
         """Selects the boxes that the annotator is shown; their labels are indices into `labels`."""
         if version is None:
@@ -294,7 +319,7 @@ class Simulation:
         # Later versions only append labels, so that the indices of this one stay valid.
         return shown(found, version.thresholds[price][found.labels])
 
-    def _dataset(self, state: _State, labels: tuple[str, ...], late: Mapping[str, int]) -> Dataset:
+    def _dataset(self, state: State, labels: tuple[str, ...], late: Mapping[str, int]) -> Dataset:
         samples = tuple(
             # The annotation of that time: boxes of labels that came later are missing.
             _with_labels(self._samples[i], self._labels, self._known_labels(late, position))
@@ -311,7 +336,7 @@ class Simulation:
             revision=len(samples),
         )
 
-    def _add_item(self, state: _State, index: int, sample: Sample, labels: tuple[str, ...]) -> None:
+    def _add_item(self, state: State, index: int, sample: Sample, labels: tuple[str, ...]) -> None:
         names = frozenset(labels[i] for i in sample.labels.tolist())
         if index not in self._fingerprints:
             image = decode_image(sample.image, max_pixels=self._settings.image_max_pixels)

@@ -22,7 +22,7 @@ from ml_backend.reasons import Code, Reason, reason
 from ml_backend.settings import Settings
 from ml_backend.simulation.campaign import ONE_ROUND_IMAGES, Simulation
 from ml_backend.simulation.results import Campaign, OnProgress, OnRound, Round
-from ml_backend.training.trainer import cost_model
+from ml_backend.training.outcome import cost_model
 
 _log = logging.getLogger(__name__)
 _MAX_PRICES = 4

@@ -9,6 +9,8 @@ class JobKind(StrEnum):
     """Kinds of jobs."""
 
     TRAIN = "train"
+    LIVE_HEAD = "live_head"
+    """Fit a head to the first annotations within seconds."""
     AUTOLABEL = "autolabel"
     """Predict every task without an annotation."""
     AUTOLABEL_SHARD = "autolabel_shard"

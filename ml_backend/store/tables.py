@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar
@@ -363,3 +364,8 @@ class ModelVersion(Base):
     parent: Mapped[str | None] = mapped_column(String(128))
     created_at: Mapped[datetime] = mapped_column(default=now)
     promoted_at: Mapped[datetime | None]
+
+
+def is_live_head(card: Mapping[str, Any]) -> bool:
+    """Tells from its card whether a version is a live head, and was not trained."""
+    return card.get("kind") == JobKind.LIVE_HEAD

@@ -14,7 +14,7 @@ from ml_backend.reasons import Code, Reason, reason
 from ml_backend.store.artefacts import ArtefactStore, VersionMissing
 from ml_backend.store.database import Database
 from ml_backend.store.states import VersionState
-from ml_backend.store.tables import ModelVersion, Project, now
+from ml_backend.store.tables import ModelVersion, Project, is_live_head, now
 
 if TYPE_CHECKING:
     from ml_backend.detection.evaluation import Comparison, Evaluation
@@ -22,10 +22,15 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 TIE = 0.005
-"""Mean AP50 by which a version may be behind the live one: half a point is noise."""
-TIE_WITH_MORE = 0.02
-"""The same for a version that finds a label that the live one does not know: earlier images lack
-the boxes of this label, which costs the other labels a little, and people wait for it."""
+"""Mean AP50 by which a version of another recipe may be behind the live one: half a point is
+noise."""
+BEHIND_WITH_MORE = 0.02
+"""Mean AP50 by which a version that finds a new label may be behind, even where the evidence says
+so: earlier images lack the boxes of this label, which costs the other labels a little, and people
+wait for it."""
+BEHIND_BEST = 0.02
+"""Mean AP50 by which a version may be behind the best one that the same hold-out has measured: ten
+steps back of half a point each, none of them certain, would be five points."""
 BAD_FALL = 0.15
 """AP50 by which no class with enough boxes may fall."""
 ENOUGH_BOXES = 20
@@ -47,8 +52,17 @@ def judge(
     comparison: Comparison | None,
     live: str | None,
     added: Sequence[str] = (),
+    *,
+    same_recipe: bool = True,
+    live_head: Comparison | None = None,
+    best: tuple[str, Comparison] | None = None,
+    needed: float = FINDS_SOMETHING,
 ) -> Verdict:
     """Decides whether a new version goes live.
+
+    More data by the same recipe is presumed to be better: such a version is refused where the
+    evidence says that it is worse, and not where it fails to show that it is better. A version of
+    another recipe than the live one has to be as good.
 
     Args:
         evaluation: quality of the new version on the hold-out, or out of fold.
@@ -56,35 +70,42 @@ def judge(
             the live version knows; None where nothing is live.
         live: name of the live version.
         added: labels that the live version does not know.
+        same_recipe: whether the live version was made as the new one was, from less data.
+        live_head: new minus a live head that saw the same images; None where there is none.
+        best: the best version that a hold-out has measured where that is not the live one, and
+            new minus best on the present hold-out.
+        needed: mean AP50 that a first version needs.
     """
     score = evaluation.map50
+    if live_head is not None and live_head.delta < 0:
+        return Verdict(False, reason(Code.WORSE_THAN_LIVE_HEAD, **_change(live_head)))
     if comparison is None or live is None:
-        if score < FINDS_SOMETHING:
-            return Verdict(
-                False, reason(Code.FIRST_VERSION_WEAK, ap50=score, needed=FINDS_SOMETHING)
-            )
+        if score < needed:
+            return Verdict(False, reason(Code.FIRST_VERSION_WEAK, ap50=score, needed=needed))
         return Verdict(True, reason(Code.FIRST_VERSION, ap50=score))
-    change = {
-        "live": live,
-        "delta": comparison.delta,
-        "low": comparison.low,
-        "high": comparison.high,
-    }
+    change = {"live": live, **_change(comparison)}
     found = {
         label: ap50
         for label in added
         if (ap50 := evaluation.per_class[label].ap50 or 0.0) >= FINDS_SOMETHING
     }
-    if comparison.delta < -(TIE_WITH_MORE if found else TIE):
+    is_worse = comparison.high < 0 if same_recipe else comparison.delta < -TIE
+    if is_worse and not (found and comparison.delta >= -BEHIND_WITH_MORE):
         return Verdict(False, reason(Code.WORSE, **change))
     for label, of_label in comparison.per_class.items():
         if of_label.support >= ENOUGH_BOXES and of_label.delta < -BAD_FALL:
             return Verdict(
                 False, reason(Code.LABEL_FALLS, label=label, fall=-of_label.delta, **change)
             )
-    if found and comparison.delta < -TIE:
+    if best is not None and not found and best[1].delta < -BEHIND_BEST:
+        return Verdict(False, reason(Code.BEHIND_BEST, best=best[0], **_change(best[1])))
+    if is_worse:
         return Verdict(True, reason(Code.FINDS_NEW_LABEL, found=found, **change))
     return Verdict(True, reason(Code.NOT_WORSE, **change))
+
+
+def _change(comparison: Comparison) -> dict[str, float]:
+    return {"delta": comparison.delta, "low": comparison.low, "high": comparison.high}
 
 
 class Versions:
@@ -129,11 +150,11 @@ class Versions:
             The verdict that was stored.
         """
         project = session.get_one(Project, project_id, with_for_update=True)
-        if verdict.promote and project.live_version != parent:
+        if verdict.promote and self._is_overtaken(session, project, card, parent):
             verdict = Verdict(
                 False, reason(Code.OVERTAKEN, live=project.live_version, parent=parent)
             )
-        else:
+        elif not is_live_head(card):
             project.trained_revision = max(project.trained_revision, revision)
         session.add(
             ModelVersion(
@@ -208,6 +229,17 @@ class Versions:
         """Counts all versions that the project has had."""
         return len(self.all(project_id))
 
+    def best(self, project_id: int) -> str | None:
+        """Names the best version that a hold-out has measured; None where there is none.
+
+        The card of each such version names it: itself, where it was not behind the best before it.
+        No version that went live has learned the hold-out, so that all of them can be compared on
+        it.
+        """
+        with self._database.reading() as session:
+            project = session.get_one(Project, project_id)
+            return self._best(session, project)
+
     def prune(self, project_id: int, keep: int) -> list[str]:
         """Deletes the artefacts of old versions; answers the names of these versions.
 
@@ -222,7 +254,12 @@ class Versions:
                 )
                 .order_by(ModelVersion.id.desc())
             ).all()
-            kept = {project.live_version, self._previous(session, project)}
+            # Later versions are compared with the best one.
+            kept = {
+                project.live_version,
+                self._previous(session, project),
+                self._best(session, project),
+            }
             kept |= {v.name for v in versions[:keep]}
             doomed = [v for v in versions if v.name not in kept]
             for version in doomed:
@@ -257,6 +294,27 @@ class Versions:
         if removed:
             _log.info("project %s: deleted unrecorded artefacts: %s", project.key, removed)
 
+    @staticmethod
+    def _is_overtaken(
+        session: Session, project: Project, card: dict[str, Any], parent: str | None
+    ) -> bool:
+        """Tells whether another version is live than the one that a version was compared with.
+
+        Live heads come and go during a training, which was compared with one that had learned the
+        same images as itself.
+        """
+        if project.live_version == parent:
+            return False
+        versions = session.scalars(
+            select(ModelVersion).where(
+                ModelVersion.project_id == project.id,
+                ModelVersion.name.in_([project.live_version, parent]),
+            )
+        )
+        heads = {version.name for version in versions if is_live_head(version.card)}
+        follows_head = parent is None or parent in heads
+        return is_live_head(card) or not (follows_head and project.live_version in heads)
+
     def _check(self, session: Session, project: Project, name: str) -> None:
         known = session.scalar(
             select(ModelVersion).where(
@@ -274,6 +332,15 @@ class Versions:
                 "`ml-backend versions` lists what there is"
             )
         self._artefacts.check(project.key, name)
+
+    @staticmethod
+    def _best(session: Session, project: Project) -> str | None:
+        cards = select(ModelVersion).where(ModelVersion.project_id == project.id)
+        live = session.scalar(cards.where(ModelVersion.name == project.live_version))
+        name = live.card.get("best") if live is not None else None
+        best = session.scalar(cards.where(ModelVersion.name == name)) if name else None
+        served = (VersionState.LIVE, VersionState.RETIRED)
+        return best.name if best is not None and best.state in served else None
 
     @staticmethod
     def _previous(session: Session, project: Project) -> str | None:

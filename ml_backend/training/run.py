@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sqlalchemy import select
 
 from ml_backend import __version__
 from ml_backend.detection.architectures.base import WeightsError
 from ml_backend.detection.detector import CorruptDetector
 from ml_backend.detection.device import DeviceError, describe_device, resolve_device
-from ml_backend.detection.presets import PresetError, check, preset_named
+from ml_backend.detection.presets import PresetError, check, live_head, preset_named
 from ml_backend.jobs.outcomes import Done, Refused, RetryLater
 from ml_backend.jobs.reports import Reporter
 from ml_backend.label_studio.images import ImageUnavailable
@@ -27,12 +28,15 @@ from ml_backend.remedies import with_remedy
 from ml_backend.settings import Settings
 from ml_backend.store.artefacts import ArtefactStore, VersionMissing
 from ml_backend.store.database import Database
-from ml_backend.store.tables import Project
+from ml_backend.store.states import JobKind, JobState
+from ml_backend.store.tables import Job, Project
 from ml_backend.training.artefact import load_artefact
 from ml_backend.training.dataset import Dataset, build_dataset
+from ml_backend.training.live_head import LiveHead
 from ml_backend.training.out_of_fold import save_out_of_fold
+from ml_backend.training.outcome import Live, TrainingOutcome, cost_model
 from ml_backend.training.promotion import Versions
-from ml_backend.training.trainer import Live, Trainer, TrainingOutcome, cost_model
+from ml_backend.training.trainer import Trainer
 
 _log = logging.getLogger(__name__)
 
@@ -66,8 +70,12 @@ class TrainingRun:
         self._report = report
         self._label_studio_fails = label_studio_fails
 
-    def run(self, project_id: int) -> Done:
+    def run(self, project_id: int, kind: JobKind = JobKind.TRAIN) -> Done:
         """Trains, measures and judges a version, and publishes its artefact.
+
+        Args:
+            project_id: the project.
+            kind: `TRAIN` trains the detector of the preset, `LIVE_HEAD` fits a live head.
 
         Raises:
             Refused: too little to learn from, nothing to detect, or a wrong setting.
@@ -82,13 +90,16 @@ class TrainingRun:
             config = parse_label_config(project.label_config)
         except LabelConfigError as error:
             raise Refused(reason(Code.LABEL_CONFIG_UNUSABLE, detail=str(error))) from error
-        # One training of a project runs at a time, so nobody is writing an artefact of it.
-        self._versions.remove_unrecorded(project.id)
+        if kind == JobKind.TRAIN and not self._fits_live_head(project):
+            # One training of a project runs at a time, so nobody is writing an artefact of it.
+            self._versions.remove_unrecorded(project.id)
         live = self._live(project, device)
-        presets = [preset_named(self._settings.preset, device)]
+        if kind == JobKind.LIVE_HEAD and live is not None and not live.is_live_head:
+            return Done(reason(Code.TRAINED_IS_LIVE))
+        presets = [preset_named(self._settings.preset, device), live_head.PRESET]
         presets += [live.detector.preset] if live is not None else []
         # For the same reason, files that are there were left by a killed training.
-        folder = self._settings.model_dir / "training" / project.key
+        folder = self._settings.model_dir / kind / project.key
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         try:
@@ -104,11 +115,12 @@ class TrainingRun:
                 random_share=self._settings.random_share,
                 # While Label Studio fails, its images cannot be told from images that are gone.
                 leave_out=self._label_studio_fails is None,
-                store_sides=self._report.sides,
+                # A training decides them once, for more tasks at a time.
+                store_sides=self._report.sides if kind == JobKind.TRAIN else _store_nothing,
                 on_progress=lambda f, why: self._report.progress(0.1 * f, why),
             )
             _check(dataset)
-            return self._learn(project, dataset, live, device, started)
+            return self._learn(project, dataset, live, device, started, kind)
         except ImageUnavailable as error:
             detail = self._label_studio_fails or str(error)
             raise RetryLater(
@@ -133,11 +145,20 @@ class TrainingRun:
         live: Live | None,
         device: torch.device,
         started: float,
+        kind: JobKind,
     ) -> Done:
-        trainer = Trainer(self._settings, device, self._report.progress)
-        outcome = trainer.fit(dataset, live)
+        features = self._settings.model_dir / "features" / project.key
+        if kind == JobKind.LIVE_HEAD:
+            head = LiveHead(self._settings, device, self._report.progress, features)
+            outcome = head.fit(dataset, live)
+        else:
+            trainer = Trainer(self._settings, device, self._report.progress, features)
+            outcome = trainer.fit(dataset, live, self._best(project, device))
         name = self._name(project, dataset, outcome)
         card = self._card(name, project, dataset, outcome)
+        card["kind"] = kind
+        if not outcome.out_of_fold:
+            card["best"] = self._best_now(project, name, outcome)
         card["settings"] = {
             "preset": outcome.detector.preset.name,
             "weights": dataclasses.asdict(outcome.detector.weights),
@@ -170,14 +191,38 @@ class TrainingRun:
     def _live(self, project: Project, device: torch.device) -> Live | None:
         if project.live_version is None:
             return None
-        try:
-            folder = self._artefacts.existing(project.key, project.live_version)
-            live = load_artefact(folder, device)
-        except (VersionMissing, CorruptDetector) as error:
-            # The live version cannot predict either, so that any new version is better.
-            _log.error("the live version is not compared with: %s", error)
+        # Where it cannot be loaded it cannot predict either, so that any new version is better.
+        return self._loaded(project, project.live_version, device)
+
+    def _best(self, project: Project, device: torch.device) -> Live | None:
+        """Loads the best version that a hold-out has measured, where it is not live."""
+        name = self._versions.best(project.id)
+        if name is None or name == project.live_version:
             return None
-        return Live(project.live_version, live.detector, live.out_of_fold)
+        return self._loaded(project, name, device)
+
+    def _best_now(self, project: Project, name: str, outcome: TrainingOutcome) -> str:
+        """Names the best version that a hold-out has measured, the new one included."""
+        before = self._versions.best(project.id)
+        change = outcome.behind_best or outcome.comparison
+        return before if before is not None and change and change.delta < 0 else name
+
+    def _loaded(self, project: Project, name: str, device: torch.device) -> Live | None:
+        try:
+            found = load_artefact(self._artefacts.existing(project.key, name), device)
+        except (VersionMissing, CorruptDetector) as error:
+            _log.error("%s is not compared with: %s", name, error)
+            return None
+        return Live(name, found.detector, found.out_of_fold)
+
+    def _fits_live_head(self, project: Project) -> bool:
+        with self._database.reading() as session:
+            running = select(Job.id).where(
+                Job.project_id == project.id,
+                Job.kind == JobKind.LIVE_HEAD,
+                Job.state == JobState.RUNNING,
+            )
+            return session.scalar(running.limit(1)) is not None
 
     def _name(self, project: Project, dataset: Dataset, outcome: TrainingOutcome) -> str:
         number = self._versions.count(project.id) + 1
@@ -221,10 +266,16 @@ class TrainingRun:
             "training": {
                 "epochs": result.epochs,
                 "batch_size": result.batch_size,
+                "steps": result.steps,
+                "step_share": outcome.step_share,
                 "stopped": result.stopped,
             },
             "software": {"ml_backend": __version__, "torch": torch.__version__},
         }
+
+
+def _store_nothing(rows: list[dict[str, Any]]) -> None:
+    pass
 
 
 def _check(dataset: Dataset) -> None:

@@ -6,32 +6,30 @@ Live projects and simulated campaigns are trained by the same code.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 
-import numpy as np
 import torch
 
-from ml_backend.acquisition.image_uncertainty import image_uncertainty
-from ml_backend.acquisition.label_weights import label_weights
 from ml_backend.acquisition.reference import Reference
-from ml_backend.detection.assessment import Assessment, assess
-from ml_backend.detection.costs import CostModel
+from ml_backend.detection.assessment import Assessment, assess, calibrated_across
 from ml_backend.detection.detector import Detector
-from ml_backend.detection.evaluation import Comparison
+from ml_backend.detection.evaluation import Comparison, compare
 from ml_backend.detection.prediction import predict_samples
 from ml_backend.detection.presets import Preset, preset_named
+from ml_backend.detection.schedule import steps_for
 from ml_backend.detection.training import Progress, TrainingResult, train
 from ml_backend.detection.types import Detections, Sample
 from ml_backend.reasons import Code, Reason, reason
 from ml_backend.settings import Settings
 from ml_backend.training.dataset import Dataset
-from ml_backend.training.out_of_fold import relabel
-from ml_backend.training.promotion import Verdict, judge
+from ml_backend.training.live_head import LiveHead
+from ml_backend.training.measured import Folds, Measured
+from ml_backend.training.outcome import Live, TrainingOutcome, cost_model, predictions_of_live
+from ml_backend.training.promotion import judge
+from ml_backend.training.reference import firsts, reference_of
 from ml_backend.training.split import SMALL, fold_groups, folds
 
 FOLDS = 3
-FOLDS_SHARE = 0.5
-"""Share of the time budget that the folds take together, where folds decide."""
 CALIBRATION_PARTS = 5
 """Parts of the measured images, each of which is calibrated by the others."""
 WARM_START_FROM = 1000
@@ -41,81 +39,9 @@ Below, it starts from the preset's pretrained weights every time: warm starts ge
 and Adams, 2020), and starting anew costs little while data are few. Without pretrained weights,
 starting anew would lose everything learned, so every training starts from the live version.
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Live:
-    """The live version, to start from and to compare with.
-
-    Attributes:
-        name: the version.
-        detector: its detector.
-        out_of_fold: predictions of images that it has learned, by detectors that had not, by
-            sample key; with label indices into `detector.labels`.
-    """
-
-    name: str
-    detector: Detector
-    out_of_fold: Mapping[str, Detections]
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingOutcome:
-    """A trained version with its measurements.
-
-    Attributes:
-        detector: calibrated, with thresholds.
-        result: the course of the training.
-        assessment: its quality on samples that it has not learned.
-        out_of_fold: calibrated predictions by sample key, where folds measured; empty otherwise.
-        measured_on: the samples that measured, in words, and what must be known about them.
-        comparison: with the live version, on the same samples; None where nothing is live.
-        agreement: how alike the boxes are that both show, in `[0, 1]`; None likewise.
-        verdict: whether it should go live, and why.
-        reference: the data that acquisition scores are made from.
-        warm: whether it started from the live version.
-    """
-
-    detector: Detector
-    result: TrainingResult
-    assessment: Assessment
-    out_of_fold: dict[str, Detections]
-    measured_on: str
-    comparison: Comparison | None
-    agreement: float | None
-    verdict: Verdict
-    reference: Reference
-    warm: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Measured:
-    """A training, and uncalibrated predictions of samples by detectors that had not learned them.
-
-    Attributes:
-        result: the training of the version.
-        samples: the samples.
-        predictions: for each sample.
-        by_folds: whether folds made them.
-        words: the samples in words.
-    """
-
-    result: TrainingResult
-    samples: tuple[Sample, ...]
-    predictions: list[Detections]
-    by_folds: bool
-    words: str
-
-
-def cost_model(settings: Settings) -> CostModel:
-    """Makes the cost model of the settings."""
-    return CostModel(
-        look=settings.cost_look,
-        draw=settings.cost_draw,
-        correct=settings.cost_correct,
-        delete=settings.cost_delete,
-        relabel=settings.cost_relabel,
-    )
+_SPARE = 1.5
+"""A training whose steps were reduced to fit the budget may take so many times its share of it:
+the load of the machine changes, and must not weaken one fold more than another."""
 
 
 class Trainer:
@@ -125,6 +51,7 @@ class Trainer:
         settings: budget, preset, weights, costs.
         device: where it trains.
         on_progress: told the fraction done and the present stage; may raise to stop.
+        features: keeps the features of images for the live head; None keeps nothing.
     """
 
     def __init__(
@@ -132,23 +59,26 @@ class Trainer:
         settings: Settings,
         device: torch.device,
         on_progress: Callable[[float, Reason], None],
+        features: Path | None = None,
     ) -> None:
         self._settings = settings
         self._device = device
         self._preset: Preset = preset_named(settings.preset, device)
         self._progress = on_progress
+        self._features = features
 
-    def fit(self, dataset: Dataset, live: Live | None) -> TrainingOutcome:
+    def fit(self, dataset: Dataset, live: Live | None, best: Live | None = None) -> TrainingOutcome:
         """Trains, measures and judges a version.
 
         Args:
             dataset: the samples to learn from, and those that only measure.
             live: the version that the new one must not be worse than.
+            best: the best version that a hold-out has measured, where it is not live.
         """
         start = None
         if _holdout_serves(dataset):
             start = self._start(dataset, live)
-            measured = self._by_holdout(dataset, start)
+            measured = self._by_holdout(dataset, start, live)
         else:
             # Folds begin anew: the live version may have learned what they measure on.
             measured = self._by_folds(dataset)
@@ -174,7 +104,12 @@ class Trainer:
             self._progress(0.96, reason(Code.MEASURING, stage="comparison"))
             # The live version has a threshold for each label that it has learned.
             comparison, agreement = assessment.compare(theirs, live.detector.thresholds)
+            comparison = self._alike(measured, dataset, live) or comparison
             gained = [x for x in assessment.thresholds if x not in live.detector.thresholds]
+        behind_best = None
+        if best is not None and not measured.by_folds:
+            theirs = self._of_live(best, measured.samples, dataset.labels)
+            behind_best, _ = assessment.compare(theirs, best.detector.thresholds)
         pairs = zip(measured.samples, assessment.predictions, strict=True)
         return TrainingOutcome(
             detector=detector,
@@ -185,10 +120,18 @@ class Trainer:
             comparison=comparison,
             agreement=agreement,
             verdict=judge(
-                assessment.evaluation, comparison, live.name if live is not None else None, gained
+                assessment.evaluation,
+                comparison,
+                live.name if live is not None else None,
+                gained,
+                same_recipe=live is not None and not live.is_live_head,
+                live_head=self._against_live_head(measured, dataset),
+                best=None if best is None or behind_best is None else (best.name, behind_best),
             ),
             reference=self._reference(dataset, detector, assessment),
             warm=start is not None,
+            behind_best=behind_best,
+            step_share=measured.folds.step_share if measured.folds is not None else 1.0,
         )
 
     def _start(self, dataset: Dataset, live: Live | None) -> Detector | None:
@@ -208,62 +151,125 @@ class Trainer:
                 return None
         return live.detector
 
-    def _by_holdout(self, dataset: Dataset, start: Detector | None) -> _Measured:
+    def _by_holdout(self, dataset: Dataset, start: Detector | None, live: Live | None) -> Measured:
         learned = [s for s in dataset.samples if s.key not in dataset.holdout]
         held = tuple(s for s in dataset.samples if s.key in dataset.holdout)
-        result = self._train(
-            dataset.labels,
-            learned,
-            start,
-            validation=held,
-            budget=self._settings.train_budget,
-            span=(0.1, 0.9),
-        )
+        by_folds, budget, low = None, self._settings.train_budget, 0.1
+        if live is not None and not live.is_live_head and live.out_of_fold:
+            # The live version has learned images of the hold-out: folds compare with its folds.
+            by_folds = self._folds(dataset, (0.1, 0.5))
+            budget, low = budget / 2, 0.5
+        # The last weights are taken, and not the best on the hold-out, which judges them later.
+        result = self._train(dataset.labels, learned, start, budget=budget, span=(low, 0.9))
         found = self._predict(result.detector, held, {"stage": "holdout"}, (0.9, 0.93))
         words = f"hold-out of {len(held)} images"
-        return _Measured(result, held, [found[s.key] for s in held], False, words)
+        return Measured(result, held, [found[s.key] for s in held], words, by_folds, False)
 
-    def _by_folds(self, dataset: Dataset) -> _Measured:
+    def _by_folds(self, dataset: Dataset) -> Measured:
         """Measures each fold by a detector trained on the others, and trains one on all images."""
-        by_key = {s.key: s for s in dataset.samples}
-        groups, parted = fold_groups(dataset.task_of, dataset.clip_of)
-        parts = folds(groups, min(FOLDS, len(set(groups.values()))), seed=0)
-        budget = self._settings.train_budget
-        found: dict[str, Detections] = {}
-        for number, part in enumerate(parts):
-            begin = 0.1 + 0.4 * number / len(parts)
-            fold = self._train(
-                dataset.labels,
-                [s for s in dataset.samples if s.key not in part],
-                None,
-                validation=(),
-                budget=budget * FOLDS_SHARE / len(parts),
-                span=(begin, begin + 0.4 / len(parts)),
-                seed=number,
-                fold={"fold": number + 1, "folds": len(parts)},
-            )
-            found |= self._predict(
-                fold.detector,
-                [by_key[key] for key in sorted(part)],
-                {"stage": "fold", "fold": number + 1, "folds": len(parts)},
-                (begin + 0.4 / len(parts),) * 2,
-            )
+        by_folds = self._folds(dataset, (0.1, 0.6))
+        share = by_folds.step_share
         result = self._train(
             dataset.labels,
             list(dataset.samples),
             None,
-            validation=(),
-            budget=budget * (1 - FOLDS_SHARE),
-            span=(0.5, 0.9),
+            budget=self._settings.train_budget,
+            span=(0.6, 0.9),
+            share=share,
         )
-        measured = tuple(s for s in dataset.samples if s.key in found)
-        words = f"{len(parts)} folds over {len(measured)} images"
-        if parted:
-            words += (
-                "; most of them look alike, and were learned from as well as measured on: the "
-                "figures are optimistic"
+        measured = tuple(s for s in dataset.samples if s.key in by_folds.predictions)
+        words = by_folds.words
+        if share < 1:
+            words += f"; the time for a training ended each after {share:.0%} of its steps"
+        found = [by_folds.predictions[s.key] for s in measured]
+        return Measured(result, measured, found, words, by_folds, True)
+
+    def _folds(self, dataset: Dataset, span: tuple[float, float]) -> Folds:
+        """Predicts each fold by a detector trained on the others.
+
+        The first fold gets the share of the time that its steps are of all steps. Where it needs
+        more, every training takes the same share of its own steps, the version's as well.
+        """
+        by_key = {s.key: s for s in dataset.samples}
+        groups, parted = fold_groups(dataset.task_of, dataset.clip_of)
+        parts = folds(groups, min(FOLDS, len(set(groups.values()))), seed=0)
+        images = [len(by_key) - len(part) for part in parts]
+        steps = [steps_for(self._preset, n, pretrained=True) for n in (*images, len(by_key))]
+        share = 1.0
+        found: dict[str, Detections] = {}
+        low, high = span
+        for number, part in enumerate(parts):
+            begin = low + (high - low) * number / len(parts)
+            end = low + (high - low) * (number + 1) / len(parts)
+            budget = self._settings.train_budget * steps[number] / sum(steps)
+            fold = self._train(
+                dataset.labels,
+                [s for s in dataset.samples if s.key not in part],
+                None,
+                budget=budget * (_SPARE if number else 1),
+                span=(begin, end),
+                seed=number,
+                fold={"fold": number + 1, "folds": len(parts)},
+                share=share,
             )
-        return _Measured(result, measured, [found[s.key] for s in measured], True, words)
+            if not number and fold.stopped == "budget":
+                share = fold.steps / fold.planned
+            found |= self._predict(
+                fold.detector,
+                [by_key[key] for key in sorted(part)],
+                {"stage": "fold", "fold": number + 1, "folds": len(parts)},
+                (end, end),
+            )
+        return Folds(parts, found, parted, share)
+
+    def _alike(self, measured: Measured, dataset: Dataset, live: Live) -> Comparison | None:
+        """Compares the new version's folds with those of the live version, on the same images.
+
+        Both were trained on the same share of the images that their version learned. None where
+        one of the two has no folds; a live head is compared with by `_against_live_head`.
+        """
+        if measured.folds is None or live.is_live_head:
+            return None
+        common = [
+            s
+            for s in dataset.samples
+            if s.key in live.out_of_fold and s.key in measured.folds.predictions
+        ]
+        if not common:
+            return None
+        ours = calibrated_across(
+            [measured.folds.predictions[s.key] for s in common],
+            common,
+            dataset.labels,
+            _calibration_parts(common, dataset),
+        )
+        return compare(
+            ours,
+            self._of_live(live, common, dataset.labels),
+            common,
+            dataset.labels,
+            known=live.detector.thresholds,
+            seed=0,
+        )
+
+    def _against_live_head(self, measured: Measured, dataset: Dataset) -> Comparison | None:
+        """Compares the folds with a live head that was fitted to the same images as each fold."""
+        if not measured.by_folds or measured.folds is None or self._settings.weights == "none":
+            return None
+        head = LiveHead(self._settings, self._device, self._tell_nothing, self._features)
+        found = head.predict_unseen(dataset, measured.folds.parts)
+        both = [
+            (prediction, found[sample.key], sample)
+            for sample, prediction in zip(measured.samples, measured.predictions, strict=True)
+            if sample.key in found
+        ]
+        if not both:
+            return None
+        ours, theirs, samples = zip(*both, strict=True)
+        return compare(ours, theirs, samples, dataset.labels, seed=0)
+
+    def _tell_nothing(self, fraction: float, why: Reason) -> None:
+        self._progress(0.95, reason(Code.MEASURING, stage="live_head"))
 
     def _train(
         self,
@@ -271,11 +277,11 @@ class Trainer:
         samples: Sequence[Sample],
         start: Detector | None,
         *,
-        validation: Sequence[Sample],
         budget: float,
         span: tuple[float, float],
         seed: int = 0,
         fold: Mapping[str, int] | None = None,
+        share: float = 1.0,
     ) -> TrainingResult:
         low, high = span
 
@@ -287,12 +293,12 @@ class Trainer:
             self._preset,
             labels,
             samples,
-            validation=validation,
             start=start,
             weights=self._settings.weights,
             device=self._device,
             seed=seed,
             budget_seconds=budget,
+            step_share=share,
             threads=self._settings.training_threads,
             max_pixels=self._settings.image_max_pixels,
             on_progress=tell,
@@ -319,28 +325,19 @@ class Trainer:
     def _of_live(
         self, live: Live, samples: Sequence[Sample], labels: tuple[str, ...]
     ) -> list[Detections]:
-        """Answers the live version's predictions of samples: out of fold where it learned them."""
-        unseen = [s for s in samples if s.key not in live.out_of_fold]
-        found = {
-            **live.out_of_fold,
-            **self._predict(live.detector, unseen, {"stage": "live"}, (0.93, 0.96)),
-        }
-        return [relabel(found[s.key], live.detector.labels, labels) for s in samples]
+        def tell(fraction: float) -> None:
+            why = reason(Code.MEASURING, stage="live", share=fraction)
+            self._progress(0.93 + 0.03 * fraction, why)
+
+        return predictions_of_live(
+            live, samples, labels, max_pixels=self._settings.image_max_pixels, on_progress=tell
+        )
 
     def _reference(self, dataset: Dataset, detector: Detector, assessment: Assessment) -> Reference:
-        counts = dataset.boxes_by_label()
-        ap50 = [assessment.evaluation.per_class[label].ap50 for label in dataset.labels]
-        weights = label_weights(ap50, [counts[label] for label in dataset.labels])
-        # One image of each clip: its frames would make every other look novel.
-        firsts = {dataset.clip_of[s.key]: s for s in reversed(dataset.samples)}
         stage = {"stage": "embedding"}
-        seen = self._predict(detector, list(firsts.values()), stage, (0.97, 1.0))
+        seen = self._predict(detector, firsts(dataset, dataset.samples), stage, (0.97, 1.0))
         rows = [d.embedding for d in seen.values() if d.embedding is not None]
-        return Reference(
-            weights=weights,
-            uncertainties=np.sort([image_uncertainty(p, weights) for p in assessment.predictions]),
-            embeddings=np.stack(rows) if rows else np.zeros((0, 1), np.float32),
-        )
+        return reference_of(dataset, assessment, rows)
 
 
 def _holdout_serves(dataset: Dataset) -> bool:

@@ -11,6 +11,7 @@ from ml_backend.store.states import JobKind
 
 _WORK = {
     JobKind.TRAIN: "the training",
+    JobKind.LIVE_HEAD: "fitting the live head",
     JobKind.AUTOLABEL: "auto-labelling",
     JobKind.AUTOLABEL_SHARD: "a shard of the auto-labelling",
     JobKind.PREDICT: "predicting the deferred tasks",
@@ -55,6 +56,7 @@ _STAGES = {
     "calibration": "calibration and thresholds",
     "comparison": "comparison with the live version",
     "live": "the live version",
+    "live_head": "comparison with a live head",
     "embedding": "embeddings of the images",
 }
 
@@ -86,6 +88,7 @@ WORDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
         f"{v['changes']} new or changed annotations, {_tasks(v['annotated'])}"
     ),
     Code.ASKED_FOR: lambda v: f"asked for, with {_tasks(v['annotated'])}",
+    Code.ANNOTATIONS_CHANGED: lambda v: f"annotations changed, {_tasks(v['annotated'])}",
     Code.TRAINING_RUNS: lambda v: (
         f"a training is running already, at {v['progress']:.0%}; changes that arrive meanwhile "
         "lead to the next one"

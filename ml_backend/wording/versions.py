@@ -29,6 +29,13 @@ WORDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     ),
     Code.NOT_WORSE: lambda v: f"promoted: not worse than {v['live']}, AP50 {_change(v)}",
     Code.WORSE: lambda v: f"not promoted: worse than {v['live']} by AP50 {_change(v)}",
+    Code.WORSE_THAN_LIVE_HEAD: lambda v: (
+        f"not promoted: worse by AP50 {_change(v)} than the live head, which learns the same "
+        "images in seconds; annotate more"
+    ),
+    Code.BEHIND_BEST: lambda v: (
+        f"not promoted: behind {v['best']}, the best so far on the hold-out, by AP50 {_change(v)}"
+    ),
     Code.LABEL_FALLS: lambda v: (
         f"not promoted: {v['label']} falls by {v['fall']:.2f} AP50 against {v['live']}, though the "
         f"mean changes by {_change(v)}"
@@ -41,5 +48,10 @@ WORDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     ),
     Code.PROMOTED_ON_REQUEST: lambda v: "promoted on request",
     Code.ROLLED_BACK_FROM: lambda v: f"rolled back from {v['version']}",
+    Code.AUDITED_WORSE: lambda v: (
+        f"rolled back to {v['version']}: of its boxes people accepted {v['share']:.0%} in "
+        f"{v['images']} images, of those of {v['version']} {v['before']:.0%} in "
+        f"{v['images_before']}"
+    ),
     Code.ROLLED_BACK_TO: lambda v: f"rolled back to {v['version']} on request",
 }

@@ -20,6 +20,7 @@ from sqlalchemy.exc import DatabaseError
 
 from ml_backend.audits.audits import Audits
 from ml_backend.jobs.jobs import Jobs
+from ml_backend.jobs.live_heads import LiveHeadRequests
 from ml_backend.jobs.requests import Requests
 from ml_backend.label_studio.errors import LabelStudioError
 from ml_backend.projects.clients import Clients
@@ -54,6 +55,7 @@ class _Seen:
 
     Attributes:
         revision: for which a training was considered; -1 where that must be done again.
+        fitted: the revision for which a live head was considered; -1 likewise.
         due: when the quiet time of a waiting training ends.
         live: the version that the connection's title was changed to; empty before the first look.
         title_at: when the title is tried again.
@@ -65,6 +67,7 @@ class _Seen:
 
     revision: int = -1
     due: datetime | None = None
+    fitted: int = -1
     live: str | None = ""
     title_at: float | None = None
     tasks: tuple[str | None, datetime | None] | None = None
@@ -81,6 +84,7 @@ class Housekeeping:
         database: the projects.
         jobs: recovers jobs.
         requests: asks for jobs.
+        live_heads: asks for live heads.
         ingest: stores what is read back.
         label_studios: clients by project.
         title: keeps the title of the connection.
@@ -96,6 +100,7 @@ class Housekeeping:
         database: Database,
         jobs: Jobs,
         requests: Requests,
+        live_heads: LiveHeadRequests,
         ingest: Ingest,
         label_studios: Clients,
         title: ConnectionTitle,
@@ -109,6 +114,7 @@ class Housekeeping:
         self._database = database
         self._jobs = jobs
         self._requests = requests
+        self._live_heads = live_heads
         self._ingest = ingest
         self._label_studios = label_studios
         self._title = title
@@ -143,7 +149,7 @@ class Housekeeping:
         """Looks again at a project after one of its jobs: more may have changed meanwhile."""
         seen = self._seen.get(project_id)
         if seen is not None:
-            seen.revision, seen.tasks = -1, None
+            seen.revision, seen.fitted, seen.tasks = -1, -1, None
 
     def _look(self) -> None:
         self._database.checkpoint()
@@ -159,6 +165,7 @@ class Housekeeping:
         for project in projects:
             seen = self._seen.setdefault(project.id, _Seen())
             self._consider_reading_back(project, seen)
+            self._consider_live_head(project, seen)
             self._consider_training(project, seen)
             self._consider_title(project, seen)
             self._consider_predictions(project, seen)
@@ -173,6 +180,12 @@ class Housekeeping:
         # Not again before this reading has ended: of many tasks it takes minutes.
         seen.read_at = math.inf
         self._submit(self._read_back, project)
+
+    def _consider_live_head(self, project: Project, seen: _Seen) -> None:
+        if seen.fitted == project.revision:
+            return
+        seen.fitted = project.revision
+        self._live_heads.consider(project.id)
 
     def _consider_training(self, project: Project, seen: _Seen) -> None:
         changed = seen.revision != project.revision

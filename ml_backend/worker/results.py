@@ -65,7 +65,7 @@ class Results:
             TakenOver: another run has the job; nothing is stored.
         """
         why, result = Reason.of(end.reason), end.result or {}
-        if job.kind == JobKind.TRAIN:
+        if job.kind in (JobKind.TRAIN, JobKind.LIVE_HEAD):
             self._store_version(job, str(end.version), why, result)
             return
         with self._database.session() as session:

@@ -58,7 +58,8 @@ class TorchvisionDetector(Architecture):
         build_module: makes the module for a number of outputs (labels and background), without
             weights.
         backbone: torchvision's weights of the trunk,
-        coco: and of the whole detector, where there are any.
+        coco: and of the whole detector, where there are any; both are downloaded once.
+        packaged: reads weights of the trunk that an installed package carries, instead.
         trunk: path of the trunk within the module. A module without it trains at one learning
             rate and has no embeddings.
     """
@@ -66,6 +67,7 @@ class TorchvisionDetector(Architecture):
     build_module: Callable[[int], nn.Module]
     backbone: WeightsEnum | None = None
     coco: WeightsEnum | None = None
+    packaged: Callable[[], Mapping[str, Tensor]] | None = None
     trunk: str = "backbone.body"
 
     @property
@@ -190,6 +192,10 @@ class TorchvisionDetector(Architecture):
         return None
 
     def _load_published(self, module: nn.Module) -> LoadedWeights:
+        trunk = self._trunk(module)
+        if self.packaged is not None and trunk is not None:
+            trunk.load_state_dict(self.packaged())
+            return LoadedWeights("backbone", f"{type(trunk).__name__}, from a package")
         kinds: tuple[tuple[Literal["coco", "backbone"], WeightsEnum | None], ...] = (
             ("coco", self.coco),
             ("backbone", self.backbone),

@@ -73,7 +73,7 @@ def preset_named(name: str, device: torch.device) -> Preset:
     """Finds the preset of a setting.
 
     Args:
-        name: `auto` (accurate on a GPU, tiny on a CPU), a registered name, or the import path of a
+        name: `auto` (accurate on a GPU, lite on a CPU), a registered name, or the import path of a
             `Preset`, `package.module:attribute`.
         device: where it will run.
 
@@ -81,7 +81,7 @@ def preset_named(name: str, device: torch.device) -> Preset:
         PresetError: there is no such preset; the text names those there are.
     """
     if name == "auto":
-        name = "accurate" if device.type == "cuda" else "tiny"
+        name = "accurate" if device.type == "cuda" else "lite"
     try:
         if name in PRESETS:
             preset = PRESETS.load(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torchvision.models import ShuffleNet_V2_X0_5_Weights
 
-from ml_backend.detection.architectures.fcos_shufflenet import fcos_shufflenet
+from ml_backend.detection.architectures.fcos import fcos_shufflenet
 from ml_backend.detection.architectures.torchvision import TorchvisionDetector
 from ml_backend.detection.presets import Preset
 
