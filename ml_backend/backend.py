@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ml_backend.audits.audits import Audits
+from ml_backend.audits.rollback import AuditedRollback
 from ml_backend.jobs.jobs import Jobs
 from ml_backend.jobs.live_heads import LiveHeadRequests
 from ml_backend.jobs.queue import Queue
@@ -207,6 +208,7 @@ class Backend:
             self.label_studios,
             self.connection_title,
             self.audits,
+            AuditedRollback(self.database, self.versions),
             running=running,
             forget=engine.forget,
             prune=engine.prune,

@@ -72,6 +72,7 @@ class Code(StrEnum):
 
     # Whether a version goes live.
     FIRST_VERSION = "versions.first_version"
+    LIVE_HEAD_FITTED = "versions.live_head_fitted"
     FIRST_VERSION_WEAK = "versions.first_version_weak"
     NOT_WORSE = "versions.not_worse"
     WORSE = "versions.worse"

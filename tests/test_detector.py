@@ -155,8 +155,8 @@ def test_architecture_of_each_preset_computes_losses_and_detections(name: str) -
 
 def test_preset_named_import_path_or_unknown_name_is_loaded_or_named_in_error() -> None:
     assert preset_named("tests.test_detector:MINE", CPU) == MINE
-    assert preset_named("auto", CPU).name == "tiny"
-    with pytest.raises(PresetError, match="auto, tiny, small, accurate, or an import path"):
+    assert preset_named("auto", CPU).name == "lite"
+    with pytest.raises(PresetError, match="auto, lite, tiny, small, accurate, or an import path"):
         preset_named("huge", CPU)
     with pytest.raises(PresetError, match="cannot be imported"):
         preset_named("tests.nowhere:MINE", CPU)

@@ -24,6 +24,7 @@ from ml_backend.training.promotion import (
     ENOUGH_BOXES,
     FINDS_SOMETHING,
     TIE,
+    UNLIKELY,
     Verdict,
     Versions,
     counts_of,
@@ -85,13 +86,15 @@ def test_judge_of_another_recipe_has_to_be_as_good(delta: float, promote: bool) 
 
 
 def test_judge_worse_than_the_live_head_is_not_promoted_and_says_so() -> None:
-    verdict = judge(_evaluation(0.9), None, None, live_head=_comparison(-0.01))
+    worse = replace(_comparison(-0.01), probability_better=UNLIKELY - 0.01)
+    verdict = judge(_evaluation(0.9), None, None, live_head=worse)
     assert not verdict.promote
     assert words(verdict.reason) == (
         "not promoted: worse by AP50 -0.010 (90 % interval -0.030 to +0.010) than the live head, "
         "which learns the same images in seconds; annotate more"
     )
-    assert judge(_evaluation(0.9), None, None, live_head=_comparison(0.0)).promote
+    as_likely = replace(worse, probability_better=UNLIKELY)
+    assert judge(_evaluation(0.9), None, None, live_head=as_likely).promote
 
 
 def test_judge_ten_versions_each_a_little_behind_the_last_stop_near_the_best() -> None:
@@ -165,7 +168,13 @@ class Versioned:
         self.record(name, verdict, parent=self.live, revision=revision)
 
     def record(
-        self, name: str, verdict: Verdict = BETTER, *, parent: str | None, revision: int = 1
+        self,
+        name: str,
+        verdict: Verdict = BETTER,
+        *,
+        parent: str | None,
+        revision: int = 1,
+        **card: object,
     ) -> Verdict:
         """Publishes and records a version that was compared with a given one."""
 
@@ -178,7 +187,7 @@ class Versioned:
             self.database,
             self.id,
             name,
-            {"version": name},
+            {"version": name, **card},
             verdict,
             parent=parent,
             revision=revision,
@@ -346,6 +355,43 @@ def test_record_after_a_promotion_during_the_first_training_is_not_promoted(
     project.versions.promote(project.id, "v1")
     assert not project.record("v2", parent=None).promote
     assert project.live == "v1"
+
+
+def test_record_trained_version_after_heads_that_came_meanwhile_goes_live(
+    project: Versioned,
+) -> None:
+    project.record("v1-live", parent=None, kind="live_head")
+    project.record("v2-live", parent="v1-live", kind="live_head")
+    # Its training began before the first head, or with it.
+    for name, parent in (("v3", None), ("v4", "v1-live")):
+        assert project.record(name, parent=parent).promote
+        assert project.live == name
+        project.versions.promote(project.id, "v2-live")
+
+
+def test_record_live_head_after_a_training_that_came_meanwhile_is_not_promoted(
+    project: Versioned,
+) -> None:
+    project.record("v1-live", parent=None, kind="live_head")
+    project.record("v2", parent="v1-live", revision=4)
+    late = project.record("v3-live", parent="v1-live", revision=9, kind="live_head")
+    assert (late.promote, late.reason.code) == (False, Code.OVERTAKEN)
+    assert project.live == "v2"
+    # A head is no training: what it saw is still to be trained on.
+    assert project.row.trained_revision == 4
+
+
+def test_best_is_named_by_the_live_version_and_survives_pruning(project: Versioned) -> None:
+    project.record("v1", parent=None, best="v1")
+    for number in range(2, 7):
+        project.record(f"v{number}", parent=project.live, best="v1")
+    assert project.versions.best(project.id) == "v1"
+    project.versions.prune(project.id, keep=1)
+    assert _stored(project) == ["v1", "v5", "v6"]
+    # A version that somebody took back is no measure for others.
+    project.versions.promote(project.id, "v1")
+    project.versions.rollback(project.id, "v6")
+    assert project.versions.best(project.id) is None
 
 
 def test_record_worse_version_after_a_rollback_keeps_its_verdict(project: Versioned) -> None:

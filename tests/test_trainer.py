@@ -79,21 +79,21 @@ def test_fit_images_that_all_look_alike_notes_optimistic_figures(
     outcome = _fit(tmp_path, _dataset(tmp_path, images, dict.fromkeys(range(images), 0)))
     assert len(outcome.out_of_fold) == images
     assert outcome.measured_on == (
-        f"3 folds over {images} images; most of them look alike, and were learned from as well as "
+        f"2 folds over {images} images; most of them look alike, and were learned from as well as "
         "measured on: the figures are optimistic"
     )
 
 
 def test_fit_images_that_differ_are_measured_by_folds_without_a_note(tmp_path: Path) -> None:
     outcome = _fit(tmp_path, _dataset(tmp_path, 9, {1: 0, 2: 0}))
-    assert outcome.measured_on == "3 folds over 9 images"
+    assert outcome.measured_on == "2 folds over 9 images"
 
 
 def test_fit_holdout_of_nearly_everything_measures_by_folds(tmp_path: Path) -> None:
     # Two images differ; the other ten are one clip, and all held out.
     clips = dict.fromkeys(range(2, 12), 2)
     outcome = _fit(tmp_path, _dataset(tmp_path, 12, clips, holdout=range(2, 12)))
-    assert outcome.measured_on.startswith("3 folds over 12 images")
+    assert outcome.measured_on.startswith("2 folds over 12 images")
     some = _dataset(tmp_path, 12, {}, holdout=range(3))
     assert _fit(tmp_path, some).measured_on == "hold-out of 3 images"
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from ml_backend.jobs.schedule import changes_needed
 from ml_backend.reasons import Reason
+from ml_backend.store.tables import is_live_head
 
 NEEDED = 3
 """Trainings from which a curve has a slope that tells something."""
@@ -53,7 +54,12 @@ class Version:
 
     @classmethod
     def of(cls, card: Mapping[str, Any]) -> Version | None:
-        """Reads a model card; None where it lacks a field."""
+        """Reads a model card; None where it lacks a field, or is a live head's.
+
+        Live heads have a learning curve of their own, which trained versions do not go on with.
+        """
+        if is_live_head(card):
+            return None
         images, metrics = card.get("data", {}).get("images"), card.get("metrics", {})
         interval = metrics.get("map50_interval")
         if not images or interval is None:

@@ -166,6 +166,41 @@ def cheapest_thresholds(
     return {label: float(chosen[c]) for c, label in enumerate(labels)}
 
 
+def without_costly(
+    predictions: Sequence[Detections],
+    samples: Sequence[Sample],
+    labels: Sequence[str],
+    thresholds: Mapping[str, float],
+    costs: CostModel,
+) -> dict[str, float]:
+    """Withholds the labels whose boxes did not save people time on the samples.
+
+    Weak suggestions cost more than their correction: the quality of the first ones shapes how
+    carefully people correct later ones.
+
+    Args:
+        predictions: for each sample the calibrated detections of a detector that has not learned
+            it.
+        samples: the annotated images.
+        labels: label names.
+        thresholds: confidence by label.
+        costs: seconds of each action.
+
+    Returns:
+        The thresholds; `NEVER` for such labels.
+    """
+    images = [_Image(p, s, costs) for p, s in zip(predictions, samples, strict=True)]
+    chosen = thresholds_by_index(labels, thresholds)
+    for c, label in enumerate(labels):
+        if label not in thresholds:
+            continue
+        hidden = chosen.copy()
+        hidden[c] = NEVER
+        if sum(i.seconds(hidden) for i in images) <= sum(i.seconds(chosen) for i in images):
+            chosen = hidden
+    return {label: float(chosen[i]) for i, label in enumerate(labels) if label in thresholds}
+
+
 class _Image:
     """One image's candidates, with the seconds that each would save."""
 

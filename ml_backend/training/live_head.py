@@ -18,6 +18,7 @@ from ml_backend.detection.architectures.base import Target
 from ml_backend.detection.architectures.cells import STRIDE, CellNet, decoded
 from ml_backend.detection.architectures.cells_fit import View, fit_head, view_of
 from ml_backend.detection.assessment import assess
+from ml_backend.detection.costs import NEVER, without_costly
 from ml_backend.detection.decoding import UndecodableImage
 from ml_backend.detection.detector import FLOOR, Detector
 from ml_backend.detection.embedding import projected
@@ -30,13 +31,13 @@ from ml_backend.settings import Settings
 from ml_backend.training.dataset import Dataset
 from ml_backend.training.features import FeatureCache, Features
 from ml_backend.training.outcome import Live, TrainingOutcome, cost_model, predictions_of_live
-from ml_backend.training.promotion import judge
+from ml_backend.training.promotion import Verdict, judge
 from ml_backend.training.reference import firsts, reference_of
 from ml_backend.training.split import fold_groups, folds
 
 MOST_IMAGES = 60
 """Images that a live head is fitted to; more would add less than a training by then."""
-FEW_IMAGES = 12
+FEW_IMAGES = 6
 """Images up to which each is predicted by a head that was fitted to all others."""
 FOLDS = 4
 """Parts in which more images are predicted, each by a head fitted to the other parts."""
@@ -110,13 +111,37 @@ class LiveHead:
             costs=cost_model(self._settings),
         )
         detector.calibration = assessment.calibration
-        detector.thresholds = assessment.thresholds
+        thresholds = without_costly(
+            assessment.predictions,
+            samples,
+            dataset.labels,
+            assessment.thresholds,
+            cost_model(self._settings),
+        )
+        detector.thresholds = thresholds
         comparison = agreement = None
         if live is not None:
             theirs = predictions_of_live(
                 live, samples, dataset.labels, max_pixels=self._settings.image_max_pixels
             )
             comparison, agreement = assessment.compare(theirs, live.detector.thresholds)
+        verdict = judge(
+            assessment.evaluation,
+            comparison,
+            live.name if live is not None else None,
+            needed=0.0,
+        )
+        if verdict.promote:
+            withheld = [label for label, threshold in thresholds.items() if threshold >= NEVER]
+            verdict = Verdict(
+                True,
+                reason(
+                    Code.LIVE_HEAD_FITTED,
+                    images=len(images),
+                    ap50=assessment.evaluation.map50,
+                    withheld=withheld,
+                ),
+            )
         return TrainingOutcome(
             detector=detector,
             result=TrainingResult(detector, 0.0, 0, 0, seconds, 0, "finished"),
@@ -125,13 +150,7 @@ class LiveHead:
             measured_on=f"{len(parts)} parts of {len(samples)} images, each unseen by its head",
             comparison=comparison,
             agreement=agreement,
-            verdict=judge(
-                assessment.evaluation,
-                comparison,
-                live.name if live is not None else None,
-                same_recipe=True,
-                needed=0.0,
-            ),
+            verdict=verdict,
             reference=reference_of(dataset, assessment, _embeddings(dataset, images)),
             warm=False,
         )

@@ -24,6 +24,9 @@ _log = logging.getLogger(__name__)
 TIE = 0.005
 """Mean AP50 by which a version of another recipe may be behind the live one: half a point is
 noise."""
+UNLIKELY = 0.25
+"""Probability of being better than the live head below which a training has failed. Ten images say
+little: of one that may as well be better, the corrections of people tell more."""
 BEHIND_WITH_MORE = 0.02
 """Mean AP50 by which a version that finds a new label may be behind, even where the evidence says
 so: earlier images lack the boxes of this label, which costs the other labels a little, and people
@@ -77,7 +80,7 @@ def judge(
         needed: mean AP50 that a first version needs.
     """
     score = evaluation.map50
-    if live_head is not None and live_head.delta < 0:
+    if live_head is not None and live_head.probability_better < UNLIKELY:
         return Verdict(False, reason(Code.WORSE_THAN_LIVE_HEAD, **_change(live_head)))
     if comparison is None or live is None:
         if score < needed:
@@ -182,7 +185,14 @@ class Versions:
             self._check(session, project, name)
             _make_live(session, project, name, reason(Code.PROMOTED_ON_REQUEST))
 
-    def rollback(self, project_id: int, to: str | None = None) -> str:
+    def rollback(
+        self,
+        project_id: int,
+        to: str | None = None,
+        *,
+        only_from: str | None = None,
+        why: Reason | None = None,
+    ) -> str:
         """Makes an earlier version live at once; answers its name.
 
         The version that was live is marked as rolled back, and never goes live again by itself.
@@ -190,6 +200,8 @@ class Versions:
         Args:
             project_id: the project.
             to: the version to go back to; by default the one that was live before.
+            only_from: the version that must be live; any where not given.
+            why: the reason; by default that somebody asked for it.
 
         Raises:
             VersionMissing: there is no such version, or its artefact is gone.
@@ -201,6 +213,8 @@ class Versions:
                 raise VersionMissing(f"project {project.key} has no earlier version to go back to")
             self._check(session, project, target)
             left = project.live_version
+            if only_from not in (None, left):
+                raise VersionMissing(f"{left} is live by now, and not {only_from}")
             if target == left:
                 raise VersionMissing(f"{target} is live already")
             _make_live(session, project, target, reason(Code.ROLLED_BACK_FROM, version=left))
@@ -209,7 +223,7 @@ class Versions:
                 .where(ModelVersion.project_id == project_id, ModelVersion.name == left)
                 .values(
                     state=VersionState.ROLLED_BACK,
-                    reason=reason(Code.ROLLED_BACK_TO, version=target),
+                    reason=why or reason(Code.ROLLED_BACK_TO, version=target),
                 )
             )
             return target

@@ -30,6 +30,8 @@ from ml_backend.training.reference import firsts, reference_of
 from ml_backend.training.split import SMALL, fold_groups, folds
 
 FOLDS = 3
+FEW_IMAGES = 20
+"""Images up to which two folds do: a third would take the time that the first version waits for."""
 CALIBRATION_PARTS = 5
 """Parts of the measured images, each of which is calibrated by the others."""
 WARM_START_FROM = 1000
@@ -192,7 +194,8 @@ class Trainer:
         """
         by_key = {s.key: s for s in dataset.samples}
         groups, parted = fold_groups(dataset.task_of, dataset.clip_of)
-        parts = folds(groups, min(FOLDS, len(set(groups.values()))), seed=0)
+        count = 2 if len(by_key) <= FEW_IMAGES else FOLDS
+        parts = folds(groups, min(count, len(set(groups.values()))), seed=0)
         images = [len(by_key) - len(part) for part in parts]
         steps = [steps_for(self._preset, n, pretrained=True) for n in (*images, len(by_key))]
         share = 1.0

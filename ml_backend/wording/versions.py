@@ -20,10 +20,20 @@ def _finds_new_label(v: Mapping[str, Any]) -> str:
     )
 
 
+def _live_head(v: Mapping[str, Any]) -> str:
+    said = f"promoted: a live head of {v['images']} images, AP50 {v['ap50']:.2f}"
+    if v["withheld"]:
+        said += (
+            f"; boxes of {', '.join(v['withheld'])} are withheld until they cost less than drawing"
+        )
+    return said
+
+
 WORDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     Code.FIRST_VERSION: lambda v: (
         f"promoted: the first version that finds something, AP50 {v['ap50']:.2f}"
     ),
+    Code.LIVE_HEAD_FITTED: _live_head,
     Code.FIRST_VERSION_WEAK: lambda v: (
         f"not promoted: AP50 {v['ap50']:.2f} is below {v['needed']}; annotate more"
     ),

@@ -19,6 +19,7 @@ from sqlalchemy import select
 from sqlalchemy.exc import DatabaseError
 
 from ml_backend.audits.audits import Audits
+from ml_backend.audits.rollback import AuditedRollback
 from ml_backend.jobs.jobs import Jobs
 from ml_backend.jobs.live_heads import LiveHeadRequests
 from ml_backend.jobs.requests import Requests
@@ -89,6 +90,7 @@ class Housekeeping:
         label_studios: clients by project.
         title: keeps the title of the connection.
         audits: counts how people changed predictions.
+        rollback: takes back a version whose boxes people accept less.
         running: jobs that this process runs.
         forget: ends entries of the queue that nobody works on any more.
         prune: deletes old entries of the queue.
@@ -105,6 +107,7 @@ class Housekeeping:
         label_studios: Clients,
         title: ConnectionTitle,
         audits: Audits,
+        rollback: AuditedRollback,
         *,
         running: Callable[[], Iterable[int]],
         forget: Callable[[Iterable[str]], None],
@@ -119,6 +122,7 @@ class Housekeeping:
         self._label_studios = label_studios
         self._title = title
         self._audits = audits
+        self._rollback = rollback
         self._running = running
         self._forget = forget
         self._prune = prune
@@ -247,6 +251,8 @@ class Housekeeping:
         if wait is not None:
             seen = self._seen[project.id]
             seen.audited, seen.audit_at = -1, time.monotonic() + wait
+            return
+        self._rollback.consider(project.id)
 
     def _submit(self, work: Callable[[Project], None], project: Project) -> None:
         def do() -> None:

@@ -34,8 +34,9 @@ class Preset:
         batch_size: images in a training step.
         predict_batch: images predicted together at most.
         steps: training steps,
-        epochs: or passes over the images, whichever is more. A pretrained detector takes fewer
-            steps while there are few images.
+        epochs: or passes over the images, whichever is more.
+        few_steps: steps in which a pretrained detector learns the first images; each image adds
+            some, up to `steps`.
         source: name or import path that it was loaded by; `preset_named` fills it in.
     """
 
@@ -48,6 +49,7 @@ class Preset:
     predict_batch: int
     steps: int
     epochs: int
+    few_steps: int = 200
     source: str = field(default="", compare=False)
 
     @property
