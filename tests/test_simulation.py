@@ -93,6 +93,7 @@ def _environ(**settings: str) -> dict[str, str]:
         "ML_BACKEND_PRESET": SMALL.name,
         "ML_BACKEND_DEVICE": "cpu",
         "ML_BACKEND_TRAIN_GROWTH": "2",
+        "ML_BACKEND_LIVE_MIN": "0",
         **settings,
     }
 
