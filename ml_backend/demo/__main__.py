@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,9 @@ import requests
 import typer
 from rich.console import Console
 from rich.markup import escape
+from sqlalchemy import select
 
+from ml_backend.backend import Backend
 from ml_backend.demo.label_studio_server import (
     DidNotStart,
     LabelStudioServer,
@@ -28,10 +31,22 @@ from ml_backend.demo.label_studio_server import (
 from ml_backend.demo.project import LABEL_CONFIG, annotate, create_project
 from ml_backend.demo.shapes import generate
 from ml_backend.machine import die_with_parent
+from ml_backend.settings import load_settings
+from ml_backend.store.states import JobKind, JobState
+from ml_backend.store.tables import Job, Project
+from ml_backend.wording import words
 
 IMAGES = 150
 ANNOTATED = 30
 """Images that are annotated from the start, so that a first training starts by itself."""
+_LOOK = 1.0
+"""Seconds between two looks for what has happened."""
+
+_TOLD = {
+    JobKind.LIVE_HEAD: "live head",
+    JobKind.TRAIN: "training",
+    JobKind.AUTOLABEL: "auto-labelling",
+}
 
 _out = Console(emoji=False)
 
@@ -64,7 +79,7 @@ def main(
             "MODEL_DIR": str((data / "ml-backend").absolute()),
             "HOST": "127.0.0.1",
             "PORT": str(state["ports"][1]),
-            "ML_BACKEND_TRAIN_BUDGET": "240",
+            "ML_BACKEND_TRAIN_BUDGET": "180",
             "ML_BACKEND_TRAIN_DELAY": "5",
         }
         _out.print("starting the ML backend …")
@@ -85,17 +100,20 @@ def main(
                 f"\n[bold green]ready[/]  {server.url}/projects/{state['project']}/data\n"
                 f"       user      {login.email}\n"
                 f"       password  {login.password}\n\n"
-                f"{ANNOTATED} of {IMAGES} images are annotated, so a first training starts in a "
-                "few seconds and takes some\nminutes. After that, every task that you open has "
-                "boxes. To see the progress:\n"
+                f"{ANNOTATED} of {IMAGES} images are annotated. A live head learns from them "
+                "within seconds,\nand then every task that you open has boxes; a training follows, "
+                "which takes some minutes.\nTo see the progress:\n"
                 f"  {escape(_environment(settings))} "
                 f"{escape(str(Path(sys.executable).parent))}/ml-backend status\n"
                 "Ctrl+C ends both.",
                 highlight=False,
                 soft_wrap=True,
             )
-            while not exit_when_ready and backend.poll() is None and not stop.wait(0.5):
-                pass
+            if exit_when_ready:
+                return
+            tell = _teller(settings, state["project"])
+            while backend.poll() is None and not stop.wait(_LOOK):
+                tell()
 
 
 def _read_or_make_state(file: Path) -> dict[str, Any]:
@@ -132,6 +150,29 @@ def _backend(settings: dict[str, str], log: Path) -> Iterator[subprocess.Popen[b
         finally:
             process.terminate()
             process.wait(60)
+
+
+def _teller(settings: dict[str, str], project: int) -> Callable[[], None]:
+    """Return a function that prints what has happened since its last call."""
+    backend = Backend(load_settings(settings))
+    with backend.database.reading() as session:
+        number = session.scalars(select(Project.id).where(Project.label_studio_id == project)).one()
+    told: set[tuple[int, str]] = set()
+
+    def tell() -> None:
+        with backend.database.reading() as session:
+            jobs = session.scalars(select(Job).where(Job.project_id == number).order_by(Job.id))
+            news = [
+                (job.id, f"{_TOLD[job.kind]}: {words(job.reason)}")
+                for job in jobs
+                if job.kind in _TOLD and job.state in (JobState.DONE, JobState.REFUSED)
+            ]
+        for item in news:
+            if item not in told:
+                told.add(item)
+                _out.print(f"{datetime.now():%H:%M:%S} {item[1]}", markup=False, highlight=False)
+
+    return tell
 
 
 def _connect(project: int, settings: dict[str, str]) -> None:

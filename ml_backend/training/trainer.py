@@ -65,7 +65,7 @@ class Trainer:
     ) -> None:
         self._settings = settings
         self._device = device
-        self._preset: Preset = preset_named(settings.preset, device)
+        self.preset: Preset = preset_named(settings.preset, device)
         self._progress = on_progress
         self._features = features
 
@@ -140,14 +140,14 @@ class Trainer:
         """Answers the detector of the live version, where a training may start from it."""
         if (
             live is None
-            or live.detector.preset != self._preset
+            or live.detector.preset != self.preset
             # It was measured by folds then, and has learned images of today's hold-out.
             or not dataset.holdout.isdisjoint(live.out_of_fold)
         ):
             return None
         if len(dataset.samples) < WARM_START_FROM:
             anew = Detector.pretrained(
-                self._preset, dataset.labels, self._settings.weights, self._device
+                self.preset, dataset.labels, self._settings.weights, self._device
             )
             if anew.weights.kind != "none":
                 return None
@@ -197,7 +197,7 @@ class Trainer:
         count = 2 if len(by_key) <= FEW_IMAGES else FOLDS
         parts = folds(groups, min(count, len(set(groups.values()))), seed=0)
         images = [len(by_key) - len(part) for part in parts]
-        steps = [steps_for(self._preset, n, pretrained=True) for n in (*images, len(by_key))]
+        steps = [steps_for(self.preset, n, pretrained=True) for n in (*images, len(by_key))]
         share = 1.0
         found: dict[str, Detections] = {}
         low, high = span
@@ -257,7 +257,7 @@ class Trainer:
 
     def _against_live_head(self, measured: Measured, dataset: Dataset) -> Comparison | None:
         """Compares the folds with a live head that was fitted to the same images as each fold."""
-        if not measured.by_folds or measured.folds is None or self._settings.weights == "none":
+        if measured.folds is None or not measured.by_folds or not self._settings.makes_live_heads:
             return None
         head = LiveHead(self._settings, self._device, self._tell_nothing, self._features)
         found = head.predict_unseen(dataset, measured.folds.parts)
@@ -293,7 +293,7 @@ class Trainer:
             self._progress(low + (high - low) * progress.fraction, stage)
 
         return train(
-            self._preset,
+            self.preset,
             labels,
             samples,
             start=start,
