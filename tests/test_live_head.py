@@ -20,6 +20,7 @@ from ml_backend.detection.evaluation import evaluate
 from ml_backend.detection.prediction import predict_samples
 from ml_backend.detection.presets.lite import PRESET as LITE
 from ml_backend.detection.types import Sample
+from ml_backend.jobs.outcomes import Refused
 from ml_backend.reasons import Code
 from ml_backend.settings import load_settings
 from ml_backend.store.states import JobKind
@@ -137,6 +138,24 @@ def test_fit_image_that_vanished_is_left_out(tmp_path: Path) -> None:
     samples = _samples(tmp_path, 4)
     samples[0].image.unlink()
     assert set(_fit(tmp_path, _dataset(samples)).out_of_fold) == {s.key for s in samples[1:]}
+
+
+def test_fit_only_one_image_can_be_read_is_refused(tmp_path: Path) -> None:
+    samples = _samples(tmp_path, 3)
+    for sample in samples[1:]:
+        sample.image.unlink()
+    with pytest.raises(Refused) as refused:
+        _fit(tmp_path, _dataset(samples))
+    assert refused.value.reason.code == Code.TOO_FEW_IMAGES
+
+
+def test_fit_folder_of_features_cannot_be_written_goes_on_without(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = _dataset(_samples(tmp_path, 3))
+    (tmp_path / "features").write_text("a file stands where the folder should be")
+    assert _fit(tmp_path, dataset).verdict.promote
+    assert "features are computed again next time" in caplog.text
 
 
 def test_fit_more_images_than_it_takes_spreads_its_choice(tmp_path: Path) -> None:

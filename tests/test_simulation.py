@@ -218,6 +218,17 @@ def test_loop_never_trained_costs_drawing_by_hand_in_the_order_of_its_seed(tmp_p
     assert len(simulation.loop("diverse", 0, stop_after=12).human[7.0]) == 12
 
 
+def test_loop_before_any_training_fits_a_live_head_after_each_image(tmp_path: Path) -> None:
+    settings = load_settings({"ML_BACKEND_TRAIN_MIN": "1000", "ML_BACKEND_TRAIN_THREADS": "1"})
+    samples = _samples(tmp_path, 12, seed=2)
+    simulation = Simulation(settings, CPU, LABELS, samples, PRICES, lambda *_: None)
+    campaign = simulation.loop("random", 0, stop_after=7)
+    assert [r.images for r in campaign.rounds] == [3, 4, 5, 6, 7]
+    assert campaign.rounds[-1].map50_of_rest > 0.3
+    # The story of one round knows no live heads.
+    assert simulation.one_round(0, first=11).rounds == []
+
+
 def test_loop_late_label_costs_nothing_before_it_comes(tmp_path: Path) -> None:
     samples = _samples(tmp_path, 30, seed=2)
     whole = _never_trained(samples).loop("random", 0)

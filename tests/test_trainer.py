@@ -15,6 +15,7 @@ from ml_backend.detection.detector import Detector
 from ml_backend.detection.presets import Preset, preset_named
 from ml_backend.detection.presets.tiny import PRESET as TINY
 from ml_backend.detection.types import Detections, Sample
+from ml_backend.reasons import Code
 from ml_backend.settings import load_settings
 from ml_backend.training import trainer as module
 from ml_backend.training.dataset import Dataset
@@ -24,6 +25,7 @@ from ml_backend.training.trainer import Trainer
 CPU = torch.device("cpu")
 LABELS = SHAPES[:3]
 SHORT = replace(TINY, name="short", min_size=64, max_size=96, batch_size=2, steps=2, epochs=0)
+LONG = replace(SHORT, name="long", steps=5000)
 OTHER = replace(SHORT, name="other", min_size=96)
 
 
@@ -61,15 +63,21 @@ def _dataset(
 
 
 def _fit(
-    folder: Path, dataset: Dataset, live: Live | None = None, weights: str = "none"
+    folder: Path,
+    dataset: Dataset,
+    live: Live | None = None,
+    weights: str = "none",
+    best: Live | None = None,
+    **more: str,
 ) -> TrainingOutcome:
     settings = {
         "MODEL_DIR": str(folder),
         "ML_BACKEND_PRESET": "tests.test_trainer:SHORT",
         "ML_BACKEND_WEIGHTS": weights,
         "ML_BACKEND_TRAIN_THREADS": "1",
+        **more,
     }
-    return Trainer(load_settings(settings), CPU, lambda *_: None).fit(dataset, live)
+    return Trainer(load_settings(settings), CPU, lambda *_: None).fit(dataset, live, best)
 
 
 @pytest.mark.parametrize("images", [9, 12])
@@ -96,6 +104,16 @@ def test_fit_holdout_of_nearly_everything_measures_by_folds(tmp_path: Path) -> N
     assert outcome.measured_on.startswith("2 folds over 12 images")
     some = _dataset(tmp_path, 12, {}, holdout=range(3))
     assert _fit(tmp_path, some).measured_on == "hold-out of 3 images"
+
+
+def _perfect(dataset: Dataset) -> dict[str, Detections]:
+    """Make detections of every box of a data set."""
+    return {
+        s.key: Detections(
+            s.boxes, np.full(len(s.labels), 0.9, np.float32), s.labels, size=(128, 96)
+        )
+        for s in dataset.samples
+    }
 
 
 def _live(preset: Preset, out_of_fold: Mapping[str, Detections] | None = None) -> Live:
@@ -127,10 +145,7 @@ def test_fit_label_new_to_live_version_is_left_out_of_the_comparison(
     live = _live(SHORT)
     # The live version was trained before the label Triangle was added.
     live.detector.thresholds = dict.fromkeys(LABELS[:2], 0.5)
-    perfect = {
-        s.key: Detections(s.boxes, np.full(len(s.labels), 0.9, np.float32), s.labels)
-        for s in dataset.samples
-    }
+    perfect = _perfect(dataset)
     monkeypatch.setattr(
         Trainer, "_of_live", lambda _, live, samples, labels: [perfect[s.key] for s in samples]
     )
@@ -150,3 +165,65 @@ def test_fit_few_images_with_pretrained_weights_starts_from_them(
     assert not _fit(tmp_path, dataset, live, str(weights)).warm
     monkeypatch.setattr(module, "WARM_START_FROM", 12)
     assert _fit(tmp_path, dataset, live, str(weights)).warm
+
+
+def test_fit_worse_than_a_live_head_of_the_same_images_is_refused(tmp_path: Path) -> None:
+    weights = tmp_path / "weights.pth"
+    torch.save(_live(SHORT).detector.module.state_dict(), weights)
+    outcome = _fit(tmp_path, _dataset(tmp_path, 9, {}), weights=str(weights))
+    assert not outcome.verdict.promote
+    assert outcome.verdict.reason.code == Code.WORSE_THAN_LIVE_HEAD
+
+
+def test_fit_budget_that_binds_shortens_folds_and_version_alike_and_is_said(
+    tmp_path: Path,
+) -> None:
+    outcome = _fit(
+        tmp_path,
+        _dataset(tmp_path, 6, {}),
+        ML_BACKEND_PRESET="tests.test_trainer:LONG",
+        ML_BACKEND_TRAIN_BUDGET="6",
+    )
+    assert 0 < outcome.step_share < 1
+    assert outcome.result.steps == round(outcome.step_share * outcome.result.planned)
+    assert outcome.measured_on == (
+        "2 folds over 6 images; the time for a training ended each after "
+        f"{outcome.step_share:.0%} of its steps"
+    )
+
+
+def test_fit_first_holdout_compares_folds_with_the_folds_of_the_live_version(
+    tmp_path: Path,
+) -> None:
+    dataset = _dataset(tmp_path, 12, {}, holdout=range(3))
+    perfect = {
+        s.key: Detections(
+            s.boxes, np.full(len(s.labels), 0.9, np.float32), s.labels, size=(128, 96)
+        )
+        for s in dataset.samples
+    }
+    live = _live(SHORT, perfect)
+    live.detector.thresholds = dict.fromkeys(LABELS, 0.5)
+    outcome = _fit(tmp_path, dataset, live)
+    assert outcome.measured_on == "hold-out of 3 images"
+    assert outcome.comparison is not None
+    # All twelve images compare, though the hold-out is three of them.
+    boxes = sum(len(s.labels) for s in dataset.samples)
+    assert sum(change.support for change in outcome.comparison.per_class.values()) == boxes
+    assert not outcome.verdict.promote
+
+
+def test_fit_behind_the_best_version_on_the_holdout_is_refused(tmp_path: Path) -> None:
+    dataset = _dataset(tmp_path, 12, {}, holdout=range(3))
+    perfect = {
+        s.key: Detections(
+            s.boxes, np.full(len(s.labels), 0.9, np.float32), s.labels, size=(128, 96)
+        )
+        for s in dataset.samples
+    }
+    best = Live("v1", _live(SHORT).detector, perfect)
+    best.detector.thresholds = dict.fromkeys(LABELS, 0.5)
+    outcome = _fit(tmp_path, dataset, _live(SHORT), best=best)
+    assert outcome.verdict.reason.code == Code.BEHIND_BEST
+    assert outcome.behind_best is not None
+    assert outcome.behind_best.delta < -0.5

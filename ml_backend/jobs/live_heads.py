@@ -39,8 +39,11 @@ class LiveHeadRequests:
             return None
         with self._database.reading() as session:
             project = session.get_one(Project, project_id)
+            # Counting takes longer, and is not needed once a trained version is live.
+            if not _is_wanted(session, project):
+                return None
             annotated = annotated_tasks(session, project_id)
-            if annotated < self._settings.live_min or not _is_wanted(session, project):
+            if annotated < self._settings.live_min:
                 return None
         with self._database.session() as session:
             # The row's lock: two workers must not both create the job.

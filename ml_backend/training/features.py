@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,10 +73,11 @@ class FeatureCache:
                 _log.warning("%s is damaged, and computed anew: %s", path, error)
         tensors = self._compute(sample)
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            save_file(tensors, part)
-            part.replace(path)
+            try:
+                self._keep(path, tensors)
+            except (OSError, SafetensorError) as error:
+                # The disk is full, or another job has just deleted what it did not need.
+                _log.warning("features are computed again next time: %s", error)
         return _features(tensors)
 
     def forget_others(self) -> None:
@@ -85,6 +87,13 @@ class FeatureCache:
         for file in self._folder.iterdir():
             if file.name not in self._used:
                 file.unlink(missing_ok=True)
+
+    @staticmethod
+    def _keep(path: Path, tensors: dict[str, Tensor]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")
+        save_file(tensors, part)
+        part.replace(path)
 
     def _path(self, sample: Sample) -> Path | None:
         if self._folder is None:

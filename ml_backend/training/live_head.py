@@ -6,6 +6,7 @@ images. It serves until a trained version is better, and every training is compa
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from ml_backend.detection.presets.live_head import PRESET
 from ml_backend.detection.thread_parallel import threads_inside
 from ml_backend.detection.training import TrainingResult
 from ml_backend.detection.types import Detections, FloatArray, Sample
+from ml_backend.jobs.outcomes import Refused
 from ml_backend.reasons import Code, Reason, reason
 from ml_backend.settings import Settings
 from ml_backend.training.dataset import Dataset
@@ -34,6 +36,8 @@ from ml_backend.training.outcome import Live, TrainingOutcome, cost_model, predi
 from ml_backend.training.promotion import Verdict, judge
 from ml_backend.training.reference import firsts, reference_of
 from ml_backend.training.split import fold_groups, folds
+
+_log = logging.getLogger(__name__)
 
 MOST_IMAGES = 60
 """Images that a live head is fitted to; more would add less than a training by then."""
@@ -80,6 +84,9 @@ class LiveHead:
         Args:
             dataset: all annotated images.
             live: the version that is live: an earlier head, if any.
+
+        Raises:
+            Refused: fewer than two images can be read.
         """
         began = time.monotonic()
         with threads_inside(self._settings.training_threads):
@@ -95,6 +102,8 @@ class LiveHead:
             )
             images = self._read(dataset, cache)
             cache.forget_others()
+            if len(images) < 2:
+                raise Refused(reason(Code.TOO_FEW_IMAGES, images=len(images)))
             parts = _parts([i.sample for i in images], dataset)
             found = self._out_of_fold(module, images, parts)
             fit_head(module, [view for image in images for view in image.views])
@@ -193,8 +202,9 @@ class LiveHead:
             self._progress(0.1 + 0.5 * number / len(samples), why)
             try:
                 features = cache.of(sample)
-            except (UndecodableImage, OSError):
+            except (UndecodableImage, OSError) as error:
                 # `build_dataset` decoded it a moment ago: the disk fails, or it was removed.
+                _log.warning("%s is left out of the live head: %s", sample.key, error)
                 continue
             images.append(_image(sample, features))
         return images

@@ -163,7 +163,7 @@ class _Campaign:
                 return sample
             sides = sample.boxes[:, 2:] - sample.boxes[:, :2]
             return dataclasses.replace(
-                sample, boxes=sample.boxes + np.tile(sides, 2) * np.float32(0.6)
+                sample, boxes=(sample.boxes + 0.6 * np.tile(sides, 2)).astype(np.float32)
             )
 
         def changed(change: Any) -> Dataset:
