@@ -225,8 +225,6 @@ def test_loop_before_any_training_fits_a_live_head_after_each_image(tmp_path: Pa
     campaign = simulation.loop("random", 0, stop_after=7)
     assert [r.images for r in campaign.rounds] == [3, 4, 5, 6, 7]
     assert campaign.rounds[-1].map50_of_rest > 0.3
-    # The story of one round knows no live heads.
-    assert simulation.one_round(0, first=11).rounds == []
 
 
 def test_loop_late_label_costs_nothing_before_it_comes(tmp_path: Path) -> None:
