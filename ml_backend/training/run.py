@@ -40,6 +40,9 @@ from ml_backend.training.trainer import Trainer
 
 _log = logging.getLogger(__name__)
 
+_FOLDERS = {JobKind.TRAIN: "training", JobKind.LIVE_HEAD: "live-heads"}
+"""Folders of the images that a job reads; both kinds may run at once."""
+
 
 class TrainingRun:
     """Trains a project's next version and judges whether it should go live.
@@ -99,7 +102,7 @@ class TrainingRun:
         presets = [preset_named(self._settings.preset, device), live_head.PRESET]
         presets += [live.detector.preset] if live is not None else []
         # For the same reason, files that are there were left by a killed training.
-        folder = self._settings.model_dir / kind / project.key
+        folder = self._settings.model_dir / _FOLDERS[kind] / project.key
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         try:
