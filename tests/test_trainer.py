@@ -13,12 +13,14 @@ import torch
 from ml_backend.demo.shapes import SHAPES, generate
 from ml_backend.detection.detector import Detector
 from ml_backend.detection.presets import Preset, preset_named
+from ml_backend.detection.presets.live_head import PRESET as LIVE_HEAD
 from ml_backend.detection.presets.tiny import PRESET as TINY
 from ml_backend.detection.types import Detections, Sample
 from ml_backend.reasons import Code
 from ml_backend.settings import load_settings
 from ml_backend.training import trainer as module
 from ml_backend.training.dataset import Dataset
+from ml_backend.training.live_head import LiveHead
 from ml_backend.training.outcome import Live, TrainingOutcome
 from ml_backend.training.trainer import Trainer
 
@@ -227,3 +229,20 @@ def test_fit_behind_the_best_version_on_the_holdout_is_refused(tmp_path: Path) -
     assert outcome.verdict.reason.code == Code.BEHIND_BEST
     assert outcome.behind_best is not None
     assert outcome.behind_best.delta < -0.5
+
+
+def test_fit_live_head_is_live_is_compared_by_heads_of_the_same_folds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = _dataset(tmp_path, 6, {})
+    weights = tmp_path / "weights.pth"
+    torch.save(_live(SHORT).detector.module.state_dict(), weights)
+    nothing = {s.key: Detections.empty() for s in dataset.samples}
+    monkeypatch.setattr(LiveHead, "predict_unseen", lambda *_: nothing)
+    # It was fitted to more images than a fold, and says that it finds everything.
+    live = Live("v1-live", Detector.pretrained(LIVE_HEAD, LABELS, "none", CPU), _perfect(dataset))
+    live.detector.thresholds = dict.fromkeys(LABELS, 0.5)
+    outcome = _fit(tmp_path, dataset, live, str(weights))
+    assert outcome.comparison is not None
+    assert outcome.comparison.delta >= 0
+    assert outcome.verdict.promote

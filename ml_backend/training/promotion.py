@@ -80,7 +80,7 @@ def judge(
         needed: mean AP50 that a first version needs.
     """
     score = evaluation.map50
-    if live_head is not None and live_head.probability_better < UNLIKELY:
+    if live_head is not None and live_head.delta < 0 and live_head.probability_better < UNLIKELY:
         return Verdict(False, reason(Code.WORSE_THAN_LIVE_HEAD, **_change(live_head)))
     if comparison is None or live is None:
         if score < needed:

@@ -16,6 +16,7 @@ from ml_backend.detection.detector import Detector
 from ml_backend.detection.evaluation import Comparison, compare
 from ml_backend.detection.prediction import predict_samples
 from ml_backend.detection.presets import Preset, preset_named
+from ml_backend.detection.presets.live_head import PRESET as LIVE_HEAD
 from ml_backend.detection.schedule import steps_for
 from ml_backend.detection.training import Progress, TrainingResult, train
 from ml_backend.detection.types import Detections, Sample
@@ -99,6 +100,7 @@ class Trainer:
         )
         detector.calibration = assessment.calibration
         detector.thresholds = assessment.thresholds
+        live_head = self._against_live_head(measured, dataset)
         comparison = agreement = None
         gained: list[str] = []
         if live is not None:
@@ -106,7 +108,11 @@ class Trainer:
             self._progress(0.96, reason(Code.MEASURING, stage="comparison"))
             # The live version has a threshold for each label that it has learned.
             comparison, agreement = assessment.compare(theirs, live.detector.thresholds)
-            comparison = self._alike(measured, dataset, live) or comparison
+            if live.is_live_head:
+                # It was fitted to more images than a fold is trained on.
+                comparison = live_head or comparison
+            else:
+                comparison = self._alike(measured, dataset, live) or comparison
             gained = [x for x in assessment.thresholds if x not in live.detector.thresholds]
         behind_best = None
         if best is not None and not measured.by_folds:
@@ -126,8 +132,8 @@ class Trainer:
                 comparison,
                 live.name if live is not None else None,
                 gained,
-                same_recipe=live is not None and not live.is_live_head,
-                live_head=self._against_live_head(measured, dataset),
+                same_recipe=live is None or live.detector.preset in (self.preset, LIVE_HEAD),
+                live_head=live_head,
                 best=None if best is None or behind_best is None else (best.name, behind_best),
             ),
             reference=self._reference(dataset, detector, assessment),
@@ -229,9 +235,9 @@ class Trainer:
         """Compares the new version's folds with those of the live version, on the same images.
 
         Both were trained on the same share of the images that their version learned. None where
-        one of the two has no folds; a live head is compared with by `_against_live_head`.
+        one of the two has no folds.
         """
-        if measured.folds is None or live.is_live_head:
+        if measured.folds is None:
             return None
         common = [
             s
