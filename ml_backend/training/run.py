@@ -98,7 +98,7 @@ class TrainingRun:
             self._versions.remove_unrecorded(project.id)
         live = self._live(project, device)
         if kind == JobKind.LIVE_HEAD and live is not None and not live.is_live_head:
-            return Done(reason(Code.TRAINED_IS_LIVE))
+            raise Refused(reason(Code.TRAINED_IS_LIVE))
         presets = [preset_named(self._settings.preset, device), live_head.PRESET]
         presets += [live.detector.preset] if live is not None else []
         # For the same reason, files that are there were left by a killed training.

@@ -28,7 +28,7 @@ WORDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "refused because all images are one task's, and nothing is left to measure on: annotate "
         "another one and ask again"
     ),
-    Code.TRAINED_IS_LIVE: lambda v: "nothing to do: a trained version is live",
+    Code.TRAINED_IS_LIVE: lambda v: "refused because a trained version is live",
     Code.NO_BOXES: lambda v: (
         "refused because no annotation holds a box of the label config's labels"
     ),
