@@ -36,7 +36,7 @@ from ml_backend.reasons import Code, reason
 from ml_backend.settings import load_settings
 from ml_backend.store.database import Database
 from ml_backend.training.promotion import Verdict, Versions
-from tests.job_loop import Loop
+from tests.job_loop import Loop, MakeLoop
 from tests.postgresql import PostgreSQL, running_postgresql
 
 ROOT = Path(__file__).parents[1]
@@ -162,11 +162,23 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def loop(database_url: str, tmp_path: Path) -> Iterator[Loop]:
+def make_loop(database_url: str, tmp_path: Path) -> Iterator[MakeLoop]:
+    """Return a function that makes the loop of a test, with more settings."""
+    made: list[Loop] = []
+
+    def make(**settings: str) -> Loop:
+        made.append(Loop(database_url, tmp_path, **settings))
+        return made[-1]
+
+    yield make
+    for loop in made:
+        loop.close()
+
+
+@pytest.fixture
+def loop(make_loop: MakeLoop) -> Loop:
     """Make a project and its jobs, without a quiet time, on each kind of database."""
-    loop = Loop(database_url, tmp_path)
-    yield loop
-    loop.close()
+    return make_loop()
 
 
 def ask(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -242,3 +243,7 @@ def state_of(job: Job) -> tuple[object, ...]:
 def tried_again(why: Reason, attempt: int, attempts: int) -> Reason:
     """Makes the reason of a job that was put back."""
     return reason(Code.TRIED_AGAIN, why=why, attempt=attempt, attempts=attempts)
+
+
+MakeLoop = Callable[..., Loop]
+"""Makes the loop of a test, with more settings."""

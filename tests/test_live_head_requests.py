@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
-
 import pytest
 
 from ml_backend.jobs.jobs import Asked
@@ -13,23 +10,7 @@ from ml_backend.store.states import JobKind, JobState
 from ml_backend.training.promotion import Verdict
 from ml_backend.wording import words
 from tests.conftest import record_version
-from tests.job_loop import Loop
-
-MakeLoop = Callable[..., Loop]
-
-
-@pytest.fixture
-def make_loop(database_url: str, tmp_path: Path) -> Iterator[MakeLoop]:
-    """Makes the loop of a test, with more settings."""
-    made: list[Loop] = []
-
-    def make(**settings: str) -> Loop:
-        made.append(Loop(database_url, tmp_path, **settings))
-        return made[-1]
-
-    yield make
-    for loop in made:
-        loop.close()
+from tests.job_loop import Loop, MakeLoop
 
 
 def _consider(loop: Loop) -> Asked | None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, timedelta
-from pathlib import Path
 
 import pytest
 from sqlalchemy import update
@@ -16,31 +14,10 @@ from ml_backend.reasons import Code, reason
 from ml_backend.store.states import JobState, Trigger
 from ml_backend.store.tables import Project, now
 from ml_backend.wording import words
-from tests.job_loop import CRASHED, PROJECT, Entry, Loop
+from tests.job_loop import CRASHED, PROJECT, Entry, Loop, MakeLoop
 
-MakeLoop = Callable[..., Loop]
 UNREADABLE = reason(Code.TOO_FEW_IMAGES, images=0)
 ENDED = reason(Code.PLAIN, text="so it ended")
-
-
-@pytest.fixture
-def make_loop(database_url: str, tmp_path: Path) -> Iterator[MakeLoop]:
-    """Makes the loop of a test, with more settings."""
-    made: list[Loop] = []
-
-    def make(**settings: str) -> Loop:
-        made.append(Loop(database_url, tmp_path, **settings))
-        return made[-1]
-
-    yield make
-    for loop in made:
-        loop.close()
-
-
-@pytest.fixture
-def loop(make_loop: MakeLoop) -> Loop:
-    """A loop without a quiet time."""
-    return make_loop()
 
 
 @pytest.fixture

@@ -27,10 +27,10 @@ from ml_backend.detection.decoding import decode_image
 from ml_backend.detection.presets.tiny import PRESET as TINY
 from ml_backend.label_studio.events import AnnotationInfo, AnnotationsChanged, ProjectInfo, TaskInfo
 from ml_backend.label_studio.label_config import parse_label_config
-from ml_backend.reasons import Reason
+from ml_backend.reasons import Code, Reason, reason
 from ml_backend.settings import load_settings
 from ml_backend.store.database import Database
-from ml_backend.store.states import JobState, Trigger
+from ml_backend.store.states import JobKind, JobState, Trigger
 from ml_backend.store.tables import Job, Project
 from ml_backend.training.dataset import build_dataset
 from ml_backend.wording import words
@@ -133,12 +133,7 @@ def train(
 
     def run(settings: Mapping[str, str] | None = None, **project: Any) -> Job:
         backend, claimed = _claimed(tmp_path, monkeypatch, settings, **project)
-        supervise(
-            backend.job_run(claimed, threading.Event()),
-            backend.settings,
-            threading.Event(),
-            prepared={},
-        )
+        _supervise(backend, claimed)
         said = capfd.readouterr().err
         assert "Traceback" not in said, said
         return _job(backend, claimed)
@@ -170,6 +165,16 @@ def _claimed(
     claimed = backend.jobs.claim(job.id, job.run, "here")
     assert claimed is not None
     return backend, claimed
+
+
+def _supervise(backend: Backend, claimed: Job) -> None:
+    """Do a claimed job in a process of its own, to its end."""
+    supervise(
+        backend.job_run(claimed, threading.Event()),
+        backend.settings,
+        threading.Event(),
+        prepared={},
+    )
 
 
 def _job(backend: Backend, claimed: Job) -> Job:
@@ -276,3 +281,30 @@ def test_build_dataset_large_images_become_small_copies_with_boxes_of_the_origin
         assert sample.boxes == pytest.approx(8 * picture.boxes, abs=0.1)
     assert [words(why) for why in told] == ["reading images: 10 of 12"]
     assert [row["task"] for row in decided] == list(range(1, 13))
+
+
+def test_live_head_after_a_training_went_live_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend, training = _claimed(tmp_path, monkeypatch)
+    _supervise(backend, training)
+    trained = backend.jobs.get(training.id)
+    assert trained is not None
+    assert trained.version is not None
+    backend.versions.promote(training.project_id, trained.version)
+    with backend.database.session() as session:
+        job = Job(
+            project_id=training.project_id,
+            kind=JobKind.LIVE_HEAD,
+            state=JobState.QUEUED,
+            trigger=Trigger.WEBHOOK,
+            reason=reason(Code.ANNOTATIONS_CHANGED, annotated=12),
+        )
+        session.add(job)
+        session.flush()
+        backend.queue.put(session, job)
+    claimed = backend.jobs.claim(job.id, job.run, "here")
+    assert claimed is not None
+    _supervise(backend, claimed)
+    ended = _job(backend, claimed)
+    assert (ended.state, ended.reason) == (JobState.REFUSED, reason(Code.TRAINED_IS_LIVE))

@@ -18,6 +18,8 @@ from ml_backend.store.tables import Audit
 
 ENOUGH_IMAGES = 10
 """Images of each version that people must have seen."""
+MOST_IMAGES = 200
+"""Images of each version that are looked at, the first ones: after each annotation all would be."""
 FALL = 0.1
 """Share of boxes accepted by which a version must be behind; less may be the choice of images."""
 CERTAINTY = 0.01
@@ -43,7 +45,8 @@ class Acceptance:
 def acceptance(session: Session, project_id: int, version: str) -> Acceptance:
     """Reads how people took the boxes of a version; of images without any box, nothing."""
     rows = session.execute(
-        select(Audit.accepted, Audit.moved, Audit.relabelled, Audit.deleted, Audit.added).where(
+        select(Audit.accepted, Audit.moved, Audit.relabelled, Audit.deleted, Audit.added)
+        .where(
             Audit.project_id == project_id,
             Audit.version == version,
             Audit.standing,
@@ -51,6 +54,8 @@ def acceptance(session: Session, project_id: int, version: str) -> Acceptance:
             # Accepted in bulk, or made over the API: nobody looked.
             Audit.lead_time.is_not(None),
         )
+        .order_by(Audit.annotation_id)
+        .limit(MOST_IMAGES)
     ).all()
     return Acceptance([row[0] / sum(row) for row in rows if sum(row)])
 

@@ -157,20 +157,21 @@ def _teller(settings: dict[str, str], project: int) -> Callable[[], None]:
     backend = Backend(load_settings(settings))
     with backend.database.reading() as session:
         number = session.scalars(select(Project.id).where(Project.label_studio_id == project)).one()
-    told: set[tuple[int, str]] = set()
+    told: set[int] = set()
 
     def tell() -> None:
+        ended = select(Job).where(
+            Job.project_id == number,
+            Job.kind.in_(_TOLD),
+            Job.state.in_([JobState.DONE, JobState.REFUSED]),
+        )
         with backend.database.reading() as session:
-            jobs = session.scalars(select(Job).where(Job.project_id == number).order_by(Job.id))
-            news = [
-                (job.id, f"{_TOLD[job.kind]}: {words(job.reason)}")
-                for job in jobs
-                if job.kind in _TOLD and job.state in (JobState.DONE, JobState.REFUSED)
-            ]
-        for item in news:
-            if item not in told:
-                told.add(item)
-                _out.print(f"{datetime.now():%H:%M:%S} {item[1]}", markup=False, highlight=False)
+            jobs = session.scalars(ended.order_by(Job.id)).all()
+        for job in jobs:
+            if job.id not in told:
+                told.add(job.id)
+                line = f"{datetime.now():%H:%M:%S} {_TOLD[job.kind]}: {words(job.reason)}"
+                _out.print(line, markup=False, highlight=False)
 
     return tell
 

@@ -133,21 +133,14 @@ class CachedImages(Dataset[T], Generic[T]):
         kept = self._kept.get(sample.key)
         return kept if kept is not None else self._read(sample)
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether every image is kept, so that nothing is left to read."""
-        return len(self._kept) == len(self.samples)
-
-    def fill(self, *, threads: int, leave_out: bool, on_read: OnRead) -> None:
+    def fill(self, *, threads: int, on_read: OnRead) -> None:
         """Reads images into memory until the capacity is used up.
+
+        A sample whose image cannot be read is left out, with a warning.
 
         Args:
             threads: that read at once.
-            leave_out: whether a sample whose image cannot be read is left out, with a warning.
             on_read: called after each image.
-
-        Raises:
-            UndecodableImage, OSError: an image cannot be read, and none is to be left out.
         """
         used = done = 0
         bad: set[str] = set()
@@ -163,8 +156,6 @@ class CachedImages(Dataset[T], Generic[T]):
                 try:
                     image = future.result()
                 except (UndecodableImage, OSError) as error:
-                    if not leave_out:
-                        raise
                     _log.warning("%s is left out of the training: %s", sample.key, error)
                     bad.add(sample.key)
                 else:
@@ -253,8 +244,8 @@ def prediction_batches(
     images: CachedImages[Prepared], *, size: int, workers: int
 ) -> Iterator[list[Prepared]]:
     """Loads images for prediction in their order, ahead of their use."""
-    # What is in memory already, or is one batch, is not worth a process.
-    needed = workers if not images.is_complete and len(images) > size else 0
+    # One batch is not worth a process.
+    needed = workers if len(images) > size else 0
     yield from _loader(images, batch_size=size, collate_fn=list, workers=needed)
 
 

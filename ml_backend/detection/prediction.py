@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ml_backend.detection.detector import Detector, Prepared
+from ml_backend.detection.detector import Detector
 from ml_backend.detection.loading import (
     CachedImages,
     loading_workers,
@@ -40,17 +40,6 @@ def predict_samples(
     """
     read = functools.partial(read_prepared, preset=detector.preset, max_pixels=max_pixels)
     images = CachedImages(samples, read, capacity=0)
-    found = predict_images(detector, images, on_progress=on_progress)
-    return {sample.key: one for sample, one in zip(samples, found, strict=True)}
-
-
-def predict_images(
-    detector: Detector,
-    images: CachedImages[Prepared],
-    *,
-    on_progress: Callable[[float], None] | None = None,
-) -> list[Detections]:
-    """Finds boxes in images, in their order; see `predict_samples`."""
     workers = loading_workers(detector.device, torch.get_num_threads())
     found: list[Detections] = []
     size = detector.preset.predict_batch
@@ -58,4 +47,4 @@ def predict_images(
         found += detector.predict(batch)
         if on_progress is not None:
             on_progress(len(found) / len(images))
-    return found
+    return {sample.key: one for sample, one in zip(samples, found, strict=True)}

@@ -192,7 +192,7 @@ def _read(
         tell(Progress(0.0, 0.0, math.nan, reason(Code.READING_IMAGES, done=done, total=total)))
 
     readers = max(threads, loading_workers(device, threads))
-    images.fill(threads=readers, leave_out=True, on_read=on_read)
+    images.fill(threads=readers, on_read=on_read)
     if not len(images):
         raise NothingToLearn(f"none of the {len(samples)} images can be decoded")
     width, height = np.median(np.array(sizes), axis=0).tolist()

@@ -14,6 +14,8 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,7 @@ from ml_backend.detection.detector import Detector
 from ml_backend.detection.evaluation import evaluate
 from ml_backend.detection.prediction import predict_samples
 from ml_backend.detection.presets import preset_named
+from ml_backend.detection.presets.live_head import PRESET as LIVE_HEAD
 from ml_backend.detection.types import Detections, Sample
 from ml_backend.jobs.schedule import Action, Situation, decide
 from ml_backend.reasons import Code, Reason, reason
@@ -177,10 +180,15 @@ class Simulation:
             # A version that is trained on all images would have no image left to predict.
             if len(state.labelled) == len(self._samples):
                 break
-            if is_loop:
-                self._fit_live_head(state, labels, strategy, name, seed, total, late)
+            parts = (self._settings, self._device, self._teller(state, total), self._features)
+            if is_loop and self._wants_live_head(state):
+                # A training decides the sides, once, for more images at a time.
+                dataset = self._dataset(replace(state, items=deepcopy(state.items)), labels, late)
+                self._round(state, LiveHead(*parts), dataset, strategy, name, seed)
             if due(state):
-                self._train(state, labels, strategy, name, seed, total, late)
+                dataset = self._dataset(state, labels, late)
+                self._round(state, Trainer(*parts), dataset, strategy, name, seed)
+                state.trained_at = len(state.labelled)
         return Campaign(
             name,
             seed,
@@ -190,49 +198,28 @@ class Simulation:
             sum(r.seconds for r in state.rounds),
         )
 
-    def _train(
-        self,
-        state: State,
-        labels: tuple[str, ...],
-        strategy: str,
-        name: str,
-        seed: int,
-        total: int,
-        late: Mapping[str, int],
-    ) -> None:
-        started = time.monotonic()
-        trainer = Trainer(self._settings, self._device, self._teller(state, total), self._features)
-        dataset = self._dataset(state, labels, late)
-        outcome = trainer.fit(dataset, state.version.live if state.version else None)
-        state.trained_at = len(state.labelled)
-        if outcome.verdict.promote:
-            state.version = self._go_live(outcome, state, strategy, name, seed)
-        self._end_round(state, outcome, labels, name, seed, started)
-
-    def _fit_live_head(
-        self,
-        state: State,
-        labels: tuple[str, ...],
-        strategy: str,
-        name: str,
-        seed: int,
-        total: int,
-        late: Mapping[str, int],
-    ) -> None:
-        """Fits a live head, as a live project does after each annotation of the first ones."""
+    def _wants_live_head(self, state: State) -> bool:
+        """Tells whether a live project would fit a live head after the newest annotation."""
         is_early = state.version is None or state.version.live.is_live_head
-        done = len(state.labelled)
-        if not self._settings.makes_live_heads or done < self._settings.live_min or not is_early:
-            return
+        enough = len(state.labelled) >= self._settings.live_min
+        has_boxes = any(item.labels for item in state.items.values())
+        return self._settings.makes_live_heads and is_early and enough and has_boxes
+
+    def _round(
+        self,
+        state: State,
+        maker: Trainer | LiveHead,
+        dataset: Dataset,
+        strategy: str,
+        name: str,
+        seed: int,
+    ) -> None:
+        """Makes a version, lets it go live if it should, and tells of both."""
         started = time.monotonic()
-        head = LiveHead(self._settings, self._device, self._teller(state, total), self._features)
-        dataset = self._dataset(state, labels, late)
-        if not any(len(sample.labels) for sample in dataset.samples):
-            return
-        outcome = head.fit(dataset, state.version.live if state.version else None)
+        outcome = maker.fit(dataset, state.version.live if state.version else None)
         if outcome.verdict.promote:
             state.version = self._go_live(outcome, state, strategy, name, seed)
-        self._end_round(state, outcome, labels, name, seed, started)
+        self._end_round(state, outcome, dataset.labels, name, seed, started)
 
     def _teller(self, state: State, total: int) -> Callable[[float, Reason], None]:
         done = len(state.labelled)
@@ -269,6 +256,7 @@ class Simulation:
                 label: quality.per_class[label].ap50 if quality else None for label in labels
             },
             seconds=round(time.monotonic() - started, 1),
+            is_live_head=outcome.detector.preset == LIVE_HEAD,
         )
         state.rounds.append(finished)
         if self._on_round is not None:

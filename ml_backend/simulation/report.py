@@ -157,10 +157,11 @@ def summary_table(plan: Plan, campaigns: Sequence[Campaign]) -> Table:
 
 
 def describe_round(campaign: str, seed: int, finished: Round) -> str:
-    """Describes the result of one training, in a line."""
+    """Describes the result of one training or live head, in a line."""
+    what = "live head" if finished.is_live_head else "training"
     outcome = "promoted" if finished.promoted else "not promoted"
     return (
-        f"{campaign}, seed {seed}: training after {finished.images} images took "
+        f"{campaign}, seed {seed}: {what} after {finished.images} images took "
         f"{_duration(finished.seconds)}, {outcome}, AP50 {finished.map50:.2f} "
         f"({finished.map50_of_rest:.2f} on the images that are not labelled)"
     )

@@ -13,7 +13,7 @@ OnProgress = Callable[[float, Reason], None]
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One training of a campaign.
+    """One training of a campaign, or one live head.
 
     Attributes:
         images: number of images that were labelled by then.
@@ -23,6 +23,7 @@ class Round:
         map50_of_rest: mean AP50 of the live version on the images that are not labelled yet.
         ap50_of_rest: the same by label; None for a label without a box on those images.
         seconds: duration of training, measuring and predicting.
+        is_live_head: whether a live head was fitted, and no detector trained.
     """
 
     images: int
@@ -32,6 +33,7 @@ class Round:
     map50_of_rest: float
     ap50_of_rest: dict[str, float | None]
     seconds: float
+    is_live_head: bool
 
 
 OnRound = Callable[[str, int, Round], None]

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ml_backend.detection.architectures.base import Target
+from ml_backend.detection.architectures.base import LoadedWeights, Target
 from ml_backend.detection.architectures.cells import STRIDE, CellNet, decoded
 from ml_backend.detection.architectures.cells_fit import View, fit_head, view_of
 from ml_backend.detection.assessment import assess
@@ -90,16 +90,7 @@ class LiveHead:
         """
         began = time.monotonic()
         with threads_inside(self._settings.training_threads):
-            module, loaded = PRESET.architecture.pretrained(dataset.labels, "auto")
-            assert isinstance(module, CellNet)
-            module.eval()
-            cache = FeatureCache(
-                self._folder,
-                PRESET,
-                loaded.detail,
-                module,
-                max_pixels=self._settings.image_max_pixels,
-            )
+            module, loaded, cache = self._opened(dataset.labels)
             images = self._read(dataset, cache)
             cache.forget_others()
             if len(images) < 2:
@@ -177,16 +168,21 @@ class LiveHead:
             Uncalibrated detections by sample key; of images that cannot be read, none.
         """
         with threads_inside(self._settings.training_threads):
-            module, loaded = PRESET.architecture.pretrained(dataset.labels, "auto")
-            assert isinstance(module, CellNet)
-            cache = FeatureCache(
-                self._folder,
-                PRESET,
-                loaded.detail,
-                module.eval(),
-                max_pixels=self._settings.image_max_pixels,
-            )
+            module, _, cache = self._opened(dataset.labels)
             return self._out_of_fold(module, self._read(dataset, cache, most=None), parts)
+
+    def _opened(self, labels: Sequence[str]) -> tuple[CellNet, LoadedWeights, FeatureCache]:
+        """Makes the network with its pretrained trunk, and the cache of what it computes."""
+        module, loaded = PRESET.architecture.pretrained(labels, "auto")
+        assert isinstance(module, CellNet)
+        cache = FeatureCache(
+            self._folder,
+            PRESET,
+            loaded.detail,
+            module.eval(),
+            max_pixels=self._settings.image_max_pixels,
+        )
+        return module, loaded, cache
 
     def _read(
         self, dataset: Dataset, cache: FeatureCache, most: int | None = MOST_IMAGES

@@ -151,17 +151,19 @@ class TrainingRun:
         kind: JobKind,
     ) -> Done:
         features = self._settings.model_dir / "features" / project.key
+        best = self._versions.best(project.id)
         if kind == JobKind.LIVE_HEAD:
             head = LiveHead(self._settings, device, self._report.progress, features)
             outcome = head.fit(dataset, live)
         else:
             trainer = Trainer(self._settings, device, self._report.progress, features)
-            outcome = trainer.fit(dataset, live, self._best(project, device))
+            outcome = trainer.fit(dataset, live, self._best(project, best, device))
         name = self._name(project, dataset, outcome)
         card = self._card(name, project, dataset, outcome)
         card["kind"] = kind
         if not outcome.out_of_fold:
-            card["best"] = self._best_now(project, name, outcome)
+            change = outcome.behind_best or outcome.comparison
+            card["best"] = best if best is not None and change and change.delta < 0 else name
         card["settings"] = {
             "preset": outcome.detector.preset.name,
             "weights": dataclasses.asdict(outcome.detector.weights),
@@ -197,18 +199,11 @@ class TrainingRun:
         # Where it cannot be loaded it cannot predict either, so that any new version is better.
         return self._loaded(project, project.live_version, device)
 
-    def _best(self, project: Project, device: torch.device) -> Live | None:
+    def _best(self, project: Project, name: str | None, device: torch.device) -> Live | None:
         """Loads the best version that a hold-out has measured, where it is not live."""
-        name = self._versions.best(project.id)
         if name is None or name == project.live_version:
             return None
         return self._loaded(project, name, device)
-
-    def _best_now(self, project: Project, name: str, outcome: TrainingOutcome) -> str:
-        """Names the best version that a hold-out has measured, the new one included."""
-        before = self._versions.best(project.id)
-        change = outcome.behind_best or outcome.comparison
-        return before if before is not None and change and change.delta < 0 else name
 
     def _loaded(self, project: Project, name: str, device: torch.device) -> Live | None:
         try:

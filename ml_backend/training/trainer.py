@@ -55,6 +55,9 @@ class Trainer:
         device: where it trains.
         on_progress: told the fraction done and the present stage; may raise to stop.
         features: keeps the features of images for the live head; None keeps nothing.
+
+    Attributes:
+        preset: of the detectors that it trains.
     """
 
     def __init__(
@@ -265,7 +268,7 @@ class Trainer:
         """Compares the folds with a live head that was fitted to the same images as each fold."""
         if measured.folds is None or not measured.by_folds or not self._settings.makes_live_heads:
             return None
-        head = LiveHead(self._settings, self._device, self._tell_nothing, self._features)
+        head = LiveHead(self._settings, self._device, self._tell_live_head, self._features)
         found = head.predict_unseen(dataset, measured.folds.parts)
         both = [
             (prediction, found[sample.key], sample)
@@ -277,7 +280,7 @@ class Trainer:
         ours, theirs, samples = zip(*both, strict=True)
         return compare(ours, theirs, samples, dataset.labels, seed=0)
 
-    def _tell_nothing(self, fraction: float, why: Reason) -> None:
+    def _tell_live_head(self, fraction: float, why: Reason) -> None:
         self._progress(0.95, reason(Code.MEASURING, stage="live_head"))
 
     def _train(

@@ -53,7 +53,6 @@ _MOST = 100
 _CONTEXT = 5
 """Cells, horizontally and vertically, whose mean surrounds a cell."""
 _FEATURES = sum(CHANNELS) + CHANNELS[0]
-_WIDTH = 96
 
 
 class CellNet(nn.Module):
